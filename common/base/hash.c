@@ -1,0 +1,36 @@
+#include "common/base/hash.h"
+
+#include "common/base/status.h"
+
+#include <openssl/evp.h>
+#include <xxhash.h>
+
+/* struct rk_sha256 is libcrypto's EVP_MD_CTX under our name. */
+static EVP_MD_CTX *context_of(struct rk_sha256 *sha)
+{
+    return (EVP_MD_CTX *)sha;
+}
+
+struct rk_sha256 *rk_sha256_begin(void)
+{
+    EVP_MD_CTX *context = EVP_MD_CTX_new();
+    RK_ASSERT(context != NULL);
+    RK_ASSERT(EVP_DigestInit_ex(context, EVP_sha256(), NULL) == 1);
+    return (struct rk_sha256 *)context;
+}
+
+void rk_sha256_update(struct rk_sha256 *sha, const void *data, size_t bytes)
+{
+    RK_ASSERT(EVP_DigestUpdate(context_of(sha), data, bytes) == 1);
+}
+
+void rk_sha256_end(struct rk_sha256 *sha, uint8_t ret_digest[RK_SHA256_BYTES])
+{
+    RK_ASSERT(EVP_DigestFinal_ex(context_of(sha), ret_digest, NULL) == 1);
+    EVP_MD_CTX_free(context_of(sha));
+}
+
+uint64_t rk_hash_xxh3(const void *data, size_t bytes)
+{
+    return XXH3_64bits(data, bytes);
+}

@@ -1,0 +1,193 @@
+#include "common/base/service.h"
+
+#include "common/base/alloc.h"
+
+#include <argp.h>
+#include <ctype.h>
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/random.h>
+#include <unistd.h>
+
+static sigset_t stop_signals(void)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    return set;
+}
+
+void rk_service_init(void)
+{
+    sigset_t set = stop_signals();
+    struct sigaction ignore = {.sa_handler = SIG_IGN};
+
+    RK_ASSERT(pthread_sigmask(SIG_BLOCK, &set, NULL) == 0);
+    RK_ASSERT(sigaction(SIGPIPE, &ignore, NULL) == 0);
+    argp_err_exit_status = 2;
+}
+
+int rk_service_wait(void)
+{
+    sigset_t set = stop_signals();
+    int taken = 0;
+
+    while (sigwait(&set, &taken) != 0) {
+    }
+    /* A signal goes to any thread that lets it through; this one now does. */
+    RK_ASSERT(pthread_sigmask(SIG_UNBLOCK, &set, NULL) == 0);
+    return taken;
+}
+
+static void random_bytes(void *ret_bytes, size_t bytes)
+{
+    ssize_t got = 0;
+    do {
+        got = getrandom(ret_bytes, bytes, 0);
+    } while (got < 0 && errno == EINTR);
+    /* Up to 256 bytes come whole; a kernel without getrandom is not one that we run on. */
+    RK_ASSERT(got == (ssize_t)bytes);
+}
+
+char *rk_service_node_id(const char *prefix)
+{
+    char host[65]; /* HOST_NAME_MAX of Linux, and the final NUL */
+    uint32_t suffix = 0;
+
+    if (gethostname(host, sizeof(host)) != 0 || host[0] == '\0') {
+        (void)snprintf(host, sizeof(host), "localhost");
+    }
+    host[sizeof(host) - 1] = '\0';
+    for (char *p = host; *p; p++) {
+        if (!isalnum((unsigned char)*p) && *p != '.') {
+            *p = '-';
+        }
+    }
+    random_bytes(&suffix, sizeof(suffix));
+    return rk_alloc_format("%s-%s-%08x", prefix, host, suffix);
+}
+
+uint64_t rk_service_incarnation(void)
+{
+    uint64_t number = 0;
+    while (number == 0) {
+        random_bytes(&number, sizeof(number));
+    }
+    return number;
+}
+
+static const struct {
+    const char *name;
+    uint64_t bytes;
+} units[] = {
+    {"", 1},
+    {"B", 1},
+    {"KB", 1000},
+    {"MB", 1000 * 1000},
+    {"GB", 1000 * 1000 * 1000},
+    {"TB", UINT64_C(1000) * 1000 * 1000 * 1000},
+    {"KiB", UINT64_C(1) << 10},
+    {"MiB", UINT64_C(1) << 20},
+    {"GiB", UINT64_C(1) << 30},
+    {"TiB", UINT64_C(1) << 40},
+};
+
+enum rk_status rk_size_parse(const char *text, uint64_t *ret_bytes, struct rk_error *error)
+{
+    uint64_t number = 0;
+    const char *unit = text;
+
+    for (; isdigit((unsigned char)*unit); unit++) {
+        if (__builtin_mul_overflow(number, UINT64_C(10), &number) ||
+            __builtin_add_overflow(number, (uint64_t)(*unit - '0'), &number)) {
+            return rk_error_set(error, RK_ERR_INVALID, "size '%s': larger than 2^64 - 1", text);
+        }
+    }
+    if (unit == text) {
+        return rk_error_set(error, RK_ERR_INVALID,
+                            "size '%s': must be a whole number and a unit, such as 512MiB", text);
+    }
+    for (size_t i = 0; i < sizeof(units) / sizeof(units[0]); i++) {
+        if (strcasecmp(unit, units[i].name) != 0) {
+            continue;
+        }
+        if (__builtin_mul_overflow(number, units[i].bytes, &number)) {
+            return rk_error_set(error, RK_ERR_INVALID, "size '%s': larger than 2^64 - 1 bytes",
+                                text);
+        }
+        *ret_bytes = number;
+        return RK_OK;
+    }
+    return rk_error_set(error, RK_ERR_INVALID,
+                        "size '%s': unknown unit '%s'; use B, KB, MB, GB, TB (1000s) or KiB, MiB, "
+                        "GiB, TiB (1024s)",
+                        text, unit);
+}
+
+static enum rk_status port_parse(const char *text, const char *digits, uint16_t *ret_port,
+                                 struct rk_error *error)
+{
+    uint32_t port = 0;
+    const char *p = digits;
+
+    while (isdigit((unsigned char)*p) && port <= UINT16_MAX) {
+        port = port * 10 + (uint32_t)(*p++ - '0');
+    }
+    if (p == digits || *p != '\0' || port > UINT16_MAX) {
+        return rk_error_set(error, RK_ERR_INVALID,
+                            "address '%s': the port '%s' is not a number from 0 to 65535", text,
+                            digits);
+    }
+    *ret_port = (uint16_t)port;
+    return RK_OK;
+}
+
+enum rk_status rk_address_parse(const char *text, struct rk_address *ret_address,
+                                struct rk_error *error)
+{
+    struct rk_address address = {.port = 0};
+    const char *host = text;
+    const char *colon = strrchr(text, ':');
+    enum rk_status status = RK_OK;
+
+    if (!colon) {
+        return rk_error_set(error, RK_ERR_INVALID,
+                            "address '%s': no port; write host:port, such as 127.0.0.1:7000", text);
+    }
+    size_t host_length = (size_t)(colon - text);
+    if (host_length == 0) {
+        return rk_error_set(error, RK_ERR_INVALID,
+                            "address '%s': no host; write 0.0.0.0%s for all interfaces", text,
+                            text);
+    }
+    if (*text == '[' && host_length > 2 && text[host_length - 1] == ']') {
+        host++;
+        host_length -= 2;
+    } else if (memchr(text, ':', host_length) || strpbrk(text, "[]")) {
+        return rk_error_set(error, RK_ERR_INVALID,
+                            "address '%s': an IPv6 host stands in brackets: [::1]:7000", text);
+    }
+    if (host_length >= sizeof(address.host)) {
+        return rk_error_set(error, RK_ERR_INVALID, "address: the host is longer than %d characters",
+                            RK_HOST_BYTES - 1);
+    }
+    for (size_t i = 0; i < host_length; i++) {
+        if (!isgraph((unsigned char)host[i]) || strchr("[]/@", host[i])) {
+            return rk_error_set(error, RK_ERR_INVALID,
+                                "address '%s': a host has no spaces, brackets, '/' or '@'; write "
+                                "host:port without a scheme",
+                                text);
+        }
+    }
+    status = port_parse(text, colon + 1, &address.port, error);
+    if (status != RK_OK) {
+        return status;
+    }
+    memcpy(address.host, host, host_length);
+    *ret_address = address;
+    return RK_OK;
+}

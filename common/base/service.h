@@ -1,0 +1,64 @@
+/*
+ * service: what every daemon needs around its main().
+ *
+ *   rk_service_init();                 first thing, before any thread
+ *   argp_parse(...);                   glibc's argp; wrong usage exits with 2
+ *   ... start ...
+ *   RK_LOG_INFO("stopping", "signal=%d", rk_service_wait());
+ *   ... stop in reverse order ...
+ *
+ * Threads: rk_service_init() and rk_service_wait() belong to the main thread;
+ * the rest is pure or asks the kernel, from any thread.
+ */
+#ifndef RK_COMMON_BASE_SERVICE_H
+#define RK_COMMON_BASE_SERVICE_H
+
+#include "common/base/status.h"
+
+#include <stdint.h>
+
+#define RK_HOST_BYTES 256 /* with the final NUL; a DNS name has at most 253 characters */
+
+/* Where to listen or whom to call. */
+struct rk_address {
+    char host[RK_HOST_BYTES]; /* name, IPv4 or IPv6 without its brackets; never empty */
+    uint16_t port;            /* 0: when listening, any free one */
+};
+
+/*
+ * Blocks SIGTERM and SIGINT, so that all threads started later inherit that and
+ * only rk_service_wait() takes them; ignores SIGPIPE, for a lost peer is a status
+ * and no reason to die; makes argp exit with 2 when the arguments are wrong.
+ */
+void rk_service_init(void);
+
+/*
+ * Waits for SIGTERM or SIGINT and returns its number. The one wait without a
+ * deadline: nothing but an operator ends a daemon. From its return on, a second
+ * signal ends the process at once, so that a shutdown that hangs can be cut short.
+ */
+int rk_service_wait(void);
+
+/*
+ * "<prefix>-<host>-<8 hex digits>": readable, and unique among processes of one
+ * host. Characters of the host's name other than letters, digits, '.' and '-'
+ * become '-'. Caller frees with rk_free. NULL when out of memory.
+ */
+char *rk_service_node_id(const char *prefix);
+
+/* A random number of this run of the process, never 0: tells a restart from a delay. */
+uint64_t rk_service_incarnation(void);
+
+/*
+ * "4096", "4096B", "64KB" (1000s), "512MiB", "2GiB" (1024s); K, M, G or T, in either
+ * case, whole numbers. RK_ERR_INVALID says what is wrong, and that "512M" must say
+ * which unit it means.
+ */
+RK_MUST_CHECK enum rk_status rk_size_parse(const char *text, uint64_t *ret_bytes,
+                                           struct rk_error *error);
+
+/* "127.0.0.1:9101", "store-3.example:7000", "[::1]:7000". RK_ERR_INVALID says what is wrong. */
+RK_MUST_CHECK enum rk_status rk_address_parse(const char *text, struct rk_address *ret_address,
+                                              struct rk_error *error);
+
+#endif

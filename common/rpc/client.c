@@ -1,0 +1,250 @@
+#include "common/base/alloc.h"
+#include "common/base/clock.h"
+#include "common/rpc/rpc_internal.h"
+
+#include <grpc/grpc_security.h>
+#include <string.h>
+
+#define BACKOFF_FIRST_MS  100
+#define BACKOFF_MAX_MS    1000
+#define KEEPALIVE_MS      10000
+#define DEADLINE_SLACK_MS 1000 /* gRPC's own deadline goes first: it knows the better reason */
+
+/* One loop for all channels, there while there is one. */
+static struct {
+    pthread_mutex_t mutex;
+    unsigned users;
+    struct rpc_loop loop;
+} client_io = {.mutex = PTHREAD_MUTEX_INITIALIZER};
+
+static enum rk_status client_io_acquire(void)
+{
+    enum rk_status status = RK_OK;
+    pthread_mutex_lock(&client_io.mutex);
+    if (client_io.users == 0) {
+        rpc_loop_create(&client_io.loop);
+        status = rpc_loop_start(&client_io.loop);
+        if (status != RK_OK) {
+            rpc_loop_destroy(&client_io.loop);
+        }
+    }
+    client_io.users += status == RK_OK ? 1 : 0;
+    pthread_mutex_unlock(&client_io.mutex);
+    return status;
+}
+
+static void client_io_release(void)
+{
+    pthread_mutex_lock(&client_io.mutex);
+    client_io.users--;
+    if (client_io.users == 0) {
+        rpc_loop_destroy(&client_io.loop);
+    }
+    pthread_mutex_unlock(&client_io.mutex);
+}
+
+static grpc_channel *channel_open(const char *address)
+{
+    static const struct rpc_setting settings[] = {
+        {GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, RK_RPC_MESSAGE_BYTES_MAX},
+        {GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, RK_RPC_MESSAGE_BYTES_MAX},
+        {GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, BACKOFF_FIRST_MS},
+        {GRPC_ARG_MIN_RECONNECT_BACKOFF_MS,
+         BACKOFF_MAX_MS}, /* also how long one attempt to connect may take */
+        {GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, BACKOFF_MAX_MS},
+        {GRPC_ARG_ENABLE_RETRIES, 0},
+        {GRPC_ARG_ENABLE_HTTP_PROXY, 0},
+        {GRPC_ARG_SERVICE_CONFIG_DISABLE_RESOLUTION, 1},
+        /* A channel's own connection: two of them to one address share neither it nor back-off. */
+        {GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1},
+        {GRPC_ARG_KEEPALIVE_TIME_MS, KEEPALIVE_MS},
+        {GRPC_ARG_KEEPALIVE_TIMEOUT_MS, KEEPALIVE_MS},
+        {GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0},
+    };
+    grpc_arg args[sizeof(settings) / sizeof(settings[0])];
+    rpc_settings_fill(settings, sizeof(settings) / sizeof(settings[0]), args);
+    grpc_channel_args all = {.num_args = sizeof(args) / sizeof(args[0]), .args = args};
+    grpc_channel_credentials *credentials = grpc_insecure_credentials_create();
+    grpc_channel *channel = grpc_channel_create(address, credentials, &all);
+    grpc_channel_credentials_release(credentials);
+    return channel;
+}
+
+enum rk_status rk_rpc_channel_create(const char *address, struct rk_rpc_channel **ret_channel,
+                                     struct rk_error *error)
+{
+    const char *colon = strrchr(address, ':');
+    if (!colon || colon == address || colon[1] == '\0') {
+        return rk_error_set(error, RK_ERR_INVALID, "address \"%s\" is not of the form host:port",
+                            address);
+    }
+    enum rk_status status = client_io_acquire();
+    if (status != RK_OK) {
+        return rk_error_set(error, status, "cannot start the thread for rpc clients");
+    }
+    struct rk_rpc_channel *channel = rk_alloc_zero(1, sizeof(*channel));
+    if (channel) {
+        atomic_init(&channel->refs, 1);
+        channel->loop = &client_io.loop;
+        channel->address = rk_alloc_string(address);
+    }
+    if (!channel || !channel->address) {
+        status =
+            rk_error_set(error, RK_ERR_NO_MEMORY, "out of memory for a channel to %s", address);
+        goto fail;
+    }
+    channel->channel = channel_open(address);
+    *ret_channel = channel;
+    return RK_OK;
+
+fail:
+    if (channel) {
+        rpc_channel_unref(channel);
+    } else {
+        client_io_release();
+    }
+    return status;
+}
+
+void rpc_channel_ref(struct rk_rpc_channel *channel)
+{
+    atomic_fetch_add(&channel->refs, 1);
+}
+
+void rpc_channel_unref(struct rk_rpc_channel *channel)
+{
+    if (atomic_fetch_sub(&channel->refs, 1) != 1) {
+        return;
+    }
+    if (channel->channel) {
+        grpc_channel_destroy(channel->channel);
+    }
+    rk_free(channel->address);
+    rk_free(channel);
+    client_io_release();
+}
+
+void rk_rpc_channel_destroy(struct rk_rpc_channel *channel)
+{
+    if (channel) {
+        rpc_channel_unref(channel);
+    }
+}
+
+gpr_timespec rpc_timespec_in_ms(int timeout_ms)
+{
+    return gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC),
+                        gpr_time_from_millis(timeout_ms, GPR_TIMESPAN));
+}
+
+enum rk_status rpc_call_outcome(const struct rk_rpc_channel *channel, const char *path,
+                                grpc_status_code code, const grpc_metadata_array *trailer,
+                                const grpc_slice *message, struct rk_error *error)
+{
+    char text[sizeof(error->text)];
+    rpc_slice_to_text(message, text, sizeof(text));
+    rpc_text_clean(text); /* It comes from the peer. */
+    bool from_peer = false;
+    enum rk_status status = rpc_status_from_wire(code, trailer, text, &from_peer);
+    if (status == RK_OK) {
+        return RK_OK;
+    }
+    if (from_peer) {
+        return rk_error_set(error, status, "%s", text); /* the handler's own words */
+    }
+    /* Cut from the right, so that who and what survive. */
+    (void)rk_error_set(error, status, "%s", text[0] != '\0' ? text : rk_status_text(status));
+    rk_error_prefix(error, "call %s to %s failed", path, channel->address);
+    return status;
+}
+
+/* All of a unary call that gRPC writes to until the batch has ended. */
+struct unary {
+    struct rpc_sync sync;
+    struct rpc_batch batch;
+    grpc_call *call;
+    grpc_metadata_array initial;
+    grpc_metadata_array trailer;
+    grpc_status_code code;
+    grpc_slice message;
+    grpc_byte_buffer *reply;
+};
+
+static void unary_run(struct unary *unary, struct rk_rpc_channel *channel, const char *path,
+                      grpc_byte_buffer *request, int timeout_ms)
+{
+    grpc_slice method = grpc_slice_from_copied_string(path);
+    int64_t deadline_ns = rk_deadline_in_ms((int64_t)timeout_ms + DEADLINE_SLACK_MS);
+    unary->call = grpc_channel_create_call(channel->channel, NULL, GRPC_PROPAGATE_DEFAULTS,
+                                           channel->loop->queue, method, NULL,
+                                           rpc_timespec_in_ms(timeout_ms), NULL);
+    grpc_slice_unref(method);
+    grpc_op ops[] = {
+        {.op = GRPC_OP_SEND_INITIAL_METADATA},
+        {.op = GRPC_OP_SEND_MESSAGE, .data.send_message.send_message = request},
+        {.op = GRPC_OP_SEND_CLOSE_FROM_CLIENT},
+        {.op = GRPC_OP_RECV_INITIAL_METADATA,
+         .data.recv_initial_metadata.recv_initial_metadata = &unary->initial},
+        {.op = GRPC_OP_RECV_MESSAGE, .data.recv_message.recv_message = &unary->reply},
+        {.op = GRPC_OP_RECV_STATUS_ON_CLIENT,
+         .data.recv_status_on_client = {.trailing_metadata = &unary->trailer,
+                                        .status = &unary->code,
+                                        .status_details = &unary->message}},
+    };
+    rpc_batch_init(&unary->batch, &unary->sync);
+    rpc_batch_start(&unary->batch, unary->call, ops, sizeof(ops) / sizeof(ops[0]));
+    (void)rpc_batch_finish(&unary->batch, unary->call, deadline_ns);
+}
+
+static enum rk_status unary_reply(struct unary *unary, const struct rk_rpc_channel *channel,
+                                  const char *path, const struct ProtobufCMessageDescriptor *type,
+                                  struct ProtobufCMessage **ret_reply, struct rk_error *error)
+{
+    enum rk_status status =
+        rpc_call_outcome(channel, path, unary->code, &unary->trailer, &unary->message, error);
+    if (status != RK_OK) {
+        return status;
+    }
+    if (!unary->reply) {
+        return rk_error_set(error, RK_ERR_INTERNAL, "call %s to %s ended without a reply", path,
+                            channel->address);
+    }
+    struct rpc_scratch scratch = {0};
+    status = rpc_message_unpack(unary->reply, type, &scratch, ret_reply);
+    rk_free(scratch.data);
+    if (status != RK_OK) {
+        (void)rk_error_set(error, status, "the reply to %s from %s cannot be read: %s", path,
+                           channel->address, rk_status_text(status));
+    }
+    return status;
+}
+
+enum rk_status rk_rpc_unary(struct rk_rpc_channel *channel, const char *path,
+                            const struct ProtobufCMessage *request,
+                            const struct ProtobufCMessageDescriptor *type, int timeout_ms,
+                            struct ProtobufCMessage **ret_reply, struct rk_error *error)
+{
+    grpc_byte_buffer *buffer = NULL;
+    enum rk_status status = rpc_message_pack(request, &buffer);
+    if (status != RK_OK) {
+        return rk_error_set(error, status, "the request of %s cannot be sent: %s", path,
+                            rk_status_text(status));
+    }
+    struct unary unary = {.message = grpc_empty_slice()};
+    rpc_sync_init(&unary.sync);
+    grpc_metadata_array_init(&unary.initial);
+    grpc_metadata_array_init(&unary.trailer);
+    unary_run(&unary, channel, path, buffer, timeout_ms);
+    status = unary_reply(&unary, channel, path, type, ret_reply, error);
+
+    grpc_byte_buffer_destroy(buffer);
+    if (unary.reply) {
+        grpc_byte_buffer_destroy(unary.reply);
+    }
+    grpc_slice_unref(unary.message);
+    grpc_metadata_array_destroy(&unary.initial);
+    grpc_metadata_array_destroy(&unary.trailer);
+    grpc_call_unref(unary.call);
+    rpc_sync_destroy(&unary.sync);
+    return status;
+}

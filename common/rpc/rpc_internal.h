@@ -1,0 +1,189 @@
+/*
+ * rpc_internal: what the files of this folder share.
+ *
+ * Every batch of gRPC operations ends on a completion queue that one loop
+ * thread drains: one loop for each server, one for all channels of the process.
+ * The loop always polls, so that a dead connection is noticed and a new one
+ * made also while no call is under way; callers wait on a condition.
+ */
+#ifndef RK_COMMON_RPC_RPC_INTERNAL_H
+#define RK_COMMON_RPC_RPC_INTERNAL_H
+
+#include "common/base/tsan.h"
+#include "common/rpc/rpc.h"
+
+#include <grpc/byte_buffer.h>
+#include <grpc/grpc.h>
+#include <grpc/slice.h>
+#include <grpc/support/time.h>
+#include <pthread.h>
+#include <stdatomic.h>
+
+/* gRPC core is not instrumented: tell the thread sanitizer what its queues order. */
+#define RPC_TSAN_RELEASE(tag) RK_TSAN_RELEASE(tag)
+#define RPC_TSAN_ACQUIRE(tag) RK_TSAN_ACQUIRE(tag)
+
+/* ---- Loop (loop.c) ---- */
+
+/* A completion-queue tag. done runs on the loop's thread and does not block. */
+struct rpc_event {
+    void (*done)(struct rpc_event *event, bool ok);
+};
+
+struct rpc_loop {
+    grpc_completion_queue *queue;
+    pthread_t thread;
+    bool running;
+};
+
+/* Also initialises gRPC; rpc_loop_destroy shuts it down again. */
+void rpc_loop_create(struct rpc_loop *loop);
+RK_MUST_CHECK enum rk_status rpc_loop_start(struct rpc_loop *loop);
+/* No event may be outstanding. Accepts a zeroed loop. */
+void rpc_loop_destroy(struct rpc_loop *loop);
+/* Runs events on the caller's thread until *flag; for loops that were never started. */
+void rpc_loop_run_until(struct rpc_loop *loop, const bool *flag);
+/* As pthread_create, with every signal blocked: signals belong to the program's own threads. */
+int rpc_thread_create(pthread_t *ret_thread, void *(*body)(void *), void *context);
+
+/* A gRPC channel argument; gRPC's own type wants keys that are not const. */
+struct rpc_setting {
+    const char *key;
+    int value;
+};
+
+void rpc_settings_fill(const struct rpc_setting *settings, size_t num_settings, grpc_arg *ret_args);
+
+/* A mutex and a condition on the monotonic clock. */
+struct rpc_sync {
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+};
+
+void rpc_sync_init(struct rpc_sync *sync);
+void rpc_sync_destroy(struct rpc_sync *sync);
+/* With the mutex held. False once deadline_ns has passed. */
+bool rpc_sync_wait(struct rpc_sync *sync, int64_t deadline_ns);
+
+/* One batch of operations that somebody waits for. */
+struct rpc_batch {
+    struct rpc_event event;
+    struct rpc_sync *sync;
+    bool pending; /* under sync's mutex */
+    bool ok;      /* valid once not pending */
+};
+
+void rpc_batch_init(struct rpc_batch *batch, struct rpc_sync *sync);
+void rpc_batch_done(struct rpc_event *event, bool ok);
+void rpc_batch_start(struct rpc_batch *batch, grpc_call *call, const grpc_op *ops, size_t num_ops);
+/* True when it ended by then. */
+bool rpc_batch_wait_until(struct rpc_batch *batch, int64_t deadline_ns);
+/* Cancels the call at the deadline, which ends every batch of it. Whether the batch succeeded. */
+bool rpc_batch_finish(struct rpc_batch *batch, grpc_call *call, int64_t deadline_ns);
+
+/* ---- Messages (message.c) ---- */
+
+/* Joins what arrived in several slices; kept from message to message of a call. */
+struct rpc_scratch {
+    uint8_t *data;
+    size_t bytes;
+};
+
+RK_MUST_CHECK enum rk_status rpc_message_pack(const struct ProtobufCMessage *message,
+                                              grpc_byte_buffer **ret_buffer);
+/* release is called exactly once, whatever is returned. */
+RK_MUST_CHECK enum rk_status rpc_parts_pack(const struct rk_rpc_part *parts, size_t num_parts,
+                                            void (*release)(void *release_context),
+                                            void *release_context, grpc_byte_buffer **ret_buffer);
+RK_MUST_CHECK enum rk_status rpc_message_unpack(grpc_byte_buffer *buffer,
+                                                const struct ProtobufCMessageDescriptor *type,
+                                                struct rpc_scratch *scratch,
+                                                struct ProtobufCMessage **ret_message);
+/* The same from bytes in one piece. */
+RK_MUST_CHECK enum rk_status rpc_bytes_unpack(const uint8_t *data, size_t bytes,
+                                              const struct ProtobufCMessageDescriptor *type,
+                                              struct ProtobufCMessage **ret_message);
+
+/* ---- Status on the wire (wire_status.c) ---- */
+
+#define RPC_STATUS_KEY "redknot-status"
+
+grpc_status_code rpc_status_to_code(enum rk_status status);
+/* RK_OK if and only if code is. trailer may be NULL. */
+enum rk_status rpc_status_from_wire(grpc_status_code code, const grpc_metadata_array *trailer,
+                                    const char *message, bool *ret_from_peer);
+/* Replaces control characters and what is not UTF-8, in place. */
+void rpc_text_clean(char *text);
+/* Copies a slice as text, cut to the room there is. */
+void rpc_slice_to_text(const grpc_slice *slice, char *ret_text, size_t text_bytes);
+
+/* ---- Client calls (client.c, stream.c) ---- */
+
+struct rk_rpc_channel {
+    grpc_channel *channel;
+    char *address;
+    struct rpc_loop *loop;
+    atomic_uint refs; /* the owner, and each stream */
+};
+
+void rpc_channel_ref(struct rk_rpc_channel *channel);
+void rpc_channel_unref(struct rk_rpc_channel *channel);
+gpr_timespec rpc_timespec_in_ms(int timeout_ms);
+/* Turns a finished call's code, trailer and message into status and text. */
+enum rk_status rpc_call_outcome(const struct rk_rpc_channel *channel, const char *path,
+                                grpc_status_code code, const grpc_metadata_array *trailer,
+                                const grpc_slice *message, struct rk_error *error);
+
+/* ---- Descriptors (descriptors.c) ---- */
+
+struct rpc_symbol {
+    char *name; /* "redknot.v1.Worker.Score" */
+    size_t file;
+    bool reply_is_single; /* a method whose reply is no stream */
+};
+
+struct rpc_descriptor_file {
+    const char *name; /* into the parsed file */
+    const uint8_t *data;
+    size_t bytes;
+    struct ProtobufCMessage *parsed;
+};
+
+/* Everything that reflection can tell; immutable once made, so for any thread. */
+struct rpc_descriptors {
+    struct rpc_descriptor_file *files;
+    size_t num_files;
+    struct rpc_symbol *symbols;
+    size_t num_symbols;
+    size_t symbols_room;
+    struct ProtobufCMessage **sets; /* keep the files' bytes */
+    size_t num_sets;
+};
+
+#define RPC_FILES_MAX   1024
+#define RPC_SYMBOLS_MAX 65536
+#define RPC_NESTING_MAX 16
+
+/* The sets that this program was built with. */
+RK_MUST_CHECK enum rk_status rpc_descriptors_create(struct rpc_descriptors **ret_descriptors);
+/* Adds a serialised FileDescriptorSet; on an error only destroy is left. */
+RK_MUST_CHECK enum rk_status rpc_descriptors_add(struct rpc_descriptors *descriptors,
+                                                 const uint8_t *set, size_t bytes);
+void rpc_descriptors_destroy(struct rpc_descriptors *descriptors); /* accepts NULL */
+const struct rpc_symbol *rpc_descriptors_symbol(const struct rpc_descriptors *descriptors,
+                                                const char *name);
+/* The file and all that it imports, the file first. order has room for num_files. */
+size_t rpc_descriptors_closure(const struct rpc_descriptors *descriptors, size_t file,
+                               size_t *ret_order);
+/* num_files when there is none. */
+size_t rpc_descriptors_file(const struct rpc_descriptors *descriptors, const char *name);
+
+/* ---- Reflection (reflection.c) ---- */
+
+/* Packs the answer to one request; the caller frees with rk_free. */
+RK_MUST_CHECK enum rk_status rpc_reflection_answer(const struct rpc_descriptors *descriptors,
+                                                   const char *const *services, size_t num_services,
+                                                   const uint8_t *request, size_t request_bytes,
+                                                   uint8_t **ret_reply, size_t *ret_reply_bytes);
+
+#endif

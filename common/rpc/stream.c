@@ -1,0 +1,206 @@
+#include "common/base/alloc.h"
+#include "common/base/clock.h"
+#include "common/rpc/rpc_internal.h"
+
+#define DEADLINE_SLACK_MS 1000
+#define FINISH_WAIT_MS    2000 /* for the status behind the last message that was read */
+
+struct rk_rpc_stream {
+    struct rk_rpc_channel *channel;
+    grpc_call *call;
+    char *path;
+    int64_t deadline_ns;
+    struct rpc_sync sync;
+    struct rpc_batch opening; /* both initial metadata */
+    struct rpc_batch sending;
+    struct rpc_batch receiving;
+    struct rpc_batch ending; /* the final status */
+    grpc_metadata_array initial;
+    grpc_metadata_array trailer;
+    grpc_status_code code;
+    grpc_slice message;
+    grpc_byte_buffer *received;
+    struct rpc_scratch scratch;
+    bool sent_all;
+    bool received_all;
+};
+
+enum rk_status rk_rpc_stream_open(struct rk_rpc_channel *channel, const char *path, int timeout_ms,
+                                  struct rk_rpc_stream **ret_stream, struct rk_error *error)
+{
+    struct rk_rpc_stream *stream = rk_alloc_zero(1, sizeof(*stream));
+    char *path_copy = rk_alloc_string(path);
+    if (!stream || !path_copy) {
+        rk_free(stream);
+        rk_free(path_copy);
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "out of memory for call %s to %s", path,
+                            channel->address);
+    }
+    rpc_channel_ref(channel);
+    stream->channel = channel;
+    stream->path = path_copy;
+    stream->message = grpc_empty_slice();
+    stream->deadline_ns = rk_deadline_in_ms((int64_t)timeout_ms + DEADLINE_SLACK_MS);
+    rpc_sync_init(&stream->sync);
+    rpc_batch_init(&stream->opening, &stream->sync);
+    rpc_batch_init(&stream->sending, &stream->sync);
+    rpc_batch_init(&stream->receiving, &stream->sync);
+    rpc_batch_init(&stream->ending, &stream->sync);
+    grpc_metadata_array_init(&stream->initial);
+    grpc_metadata_array_init(&stream->trailer);
+
+    grpc_slice method = grpc_slice_from_copied_string(path);
+    stream->call = grpc_channel_create_call(channel->channel, NULL, GRPC_PROPAGATE_DEFAULTS,
+                                            channel->loop->queue, method, NULL,
+                                            rpc_timespec_in_ms(timeout_ms), NULL);
+    grpc_slice_unref(method);
+    grpc_op status_op = {.op = GRPC_OP_RECV_STATUS_ON_CLIENT,
+                         .data.recv_status_on_client = {.trailing_metadata = &stream->trailer,
+                                                        .status = &stream->code,
+                                                        .status_details = &stream->message}};
+    grpc_op open_ops[2] = {{.op = GRPC_OP_SEND_INITIAL_METADATA},
+                           {.op = GRPC_OP_RECV_INITIAL_METADATA,
+                            .data.recv_initial_metadata.recv_initial_metadata = &stream->initial}};
+    rpc_batch_start(&stream->ending, stream->call, &status_op, 1);
+    rpc_batch_start(&stream->opening, stream->call, open_ops, 2);
+    *ret_stream = stream;
+    return RK_OK;
+}
+
+static enum rk_status stream_outcome(struct rk_rpc_stream *stream, struct rk_error *error)
+{
+    (void)rpc_batch_finish(&stream->ending, stream->call, stream->deadline_ns);
+    return rpc_call_outcome(stream->channel, stream->path, stream->code, &stream->trailer,
+                            &stream->message, error);
+}
+
+/* Why a send failed. A call that the server ended well takes no more messages either. */
+static enum rk_status stream_send_failure(struct rk_rpc_stream *stream)
+{
+    enum rk_status status = stream_outcome(stream, NULL);
+    return status == RK_OK ? RK_ERR_CANCELLED : status;
+}
+
+static enum rk_status stream_send_op(struct rk_rpc_stream *stream, const grpc_op *op)
+{
+    RK_ASSERT(!stream->sent_all);
+    rpc_batch_start(&stream->sending, stream->call, op, 1);
+    bool ok = rpc_batch_finish(&stream->sending, stream->call, stream->deadline_ns);
+    return ok ? RK_OK : stream_send_failure(stream);
+}
+
+static enum rk_status stream_send_buffer(struct rk_rpc_stream *stream, grpc_byte_buffer *buffer)
+{
+    grpc_op op = {.op = GRPC_OP_SEND_MESSAGE, .data.send_message.send_message = buffer};
+    enum rk_status status = stream_send_op(stream, &op);
+    grpc_byte_buffer_destroy(buffer);
+    return status;
+}
+
+enum rk_status rk_rpc_stream_send(struct rk_rpc_stream *stream,
+                                  const struct ProtobufCMessage *message)
+{
+    grpc_byte_buffer *buffer = NULL;
+    enum rk_status status = rpc_message_pack(message, &buffer);
+    return status == RK_OK ? stream_send_buffer(stream, buffer) : status;
+}
+
+enum rk_status rk_rpc_stream_send_parts(struct rk_rpc_stream *stream,
+                                        const struct rk_rpc_part *parts, size_t num_parts,
+                                        void (*release)(void *release_context),
+                                        void *release_context)
+{
+    grpc_byte_buffer *buffer = NULL;
+    enum rk_status status = rpc_parts_pack(parts, num_parts, release, release_context, &buffer);
+    return status == RK_OK ? stream_send_buffer(stream, buffer) : status;
+}
+
+enum rk_status rk_rpc_stream_send_done(struct rk_rpc_stream *stream)
+{
+    if (stream->sent_all) {
+        return RK_OK;
+    }
+    grpc_op op = {.op = GRPC_OP_SEND_CLOSE_FROM_CLIENT};
+    enum rk_status status = stream_send_op(stream, &op);
+    stream->sent_all = true;
+    return status;
+}
+
+static void stream_recv_start(struct rk_rpc_stream *stream)
+{
+    grpc_op op = {.op = GRPC_OP_RECV_MESSAGE, .data.recv_message.recv_message = &stream->received};
+    rpc_batch_start(&stream->receiving, stream->call, &op, 1);
+}
+
+static void stream_drop_received(struct rk_rpc_stream *stream)
+{
+    if (stream->received) {
+        grpc_byte_buffer_destroy(stream->received);
+        stream->received = NULL;
+    }
+}
+
+enum rk_status rk_rpc_stream_recv(struct rk_rpc_stream *stream,
+                                  const struct ProtobufCMessageDescriptor *type,
+                                  struct ProtobufCMessage **ret_message)
+{
+    if (stream->received_all) {
+        return RK_ERR_NOT_FOUND;
+    }
+    stream_recv_start(stream);
+    (void)rpc_batch_finish(&stream->receiving, stream->call, stream->deadline_ns);
+    if (!stream->received) {
+        stream->received_all = true;
+        return RK_ERR_NOT_FOUND;
+    }
+    enum rk_status status =
+        rpc_message_unpack(stream->received, type, &stream->scratch, ret_message);
+    stream_drop_received(stream);
+    return status;
+}
+
+enum rk_status rk_rpc_stream_finish(struct rk_rpc_stream *stream, struct rk_error *error)
+{
+    if (!stream->received_all && stream->sent_all) {
+        /* The caller may have read the only reply without looking for the end behind it. */
+        int64_t soon = rk_deadline_in_ms(FINISH_WAIT_MS);
+        stream_recv_start(stream);
+        stream->received_all =
+            rpc_batch_wait_until(&stream->receiving,
+                                 soon < stream->deadline_ns ? soon : stream->deadline_ns) &&
+            !stream->received;
+    }
+    if (!stream->received_all) {
+        rk_rpc_stream_cancel(stream);
+        (void)rpc_batch_wait_until(&stream->receiving, RK_DEADLINE_NEVER);
+        stream->received_all = true;
+    }
+    stream_drop_received(stream);
+    return stream_outcome(stream, error);
+}
+
+void rk_rpc_stream_cancel(struct rk_rpc_stream *stream)
+{
+    (void)grpc_call_cancel(stream->call, NULL);
+}
+
+void rk_rpc_stream_destroy(struct rk_rpc_stream *stream)
+{
+    if (!stream) {
+        return;
+    }
+    /* No effect on a call that is over; else it ends all batches at once. */
+    rk_rpc_stream_cancel(stream);
+    (void)rpc_batch_wait_until(&stream->opening, RK_DEADLINE_NEVER);
+    (void)rpc_batch_wait_until(&stream->ending, RK_DEADLINE_NEVER);
+    stream_drop_received(stream);
+    grpc_call_unref(stream->call);
+    grpc_slice_unref(stream->message);
+    grpc_metadata_array_destroy(&stream->initial);
+    grpc_metadata_array_destroy(&stream->trailer);
+    rpc_channel_unref(stream->channel);
+    rpc_sync_destroy(&stream->sync);
+    rk_free(stream->scratch.data);
+    rk_free(stream->path);
+    rk_free(stream);
+}

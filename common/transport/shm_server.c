@@ -1,0 +1,653 @@
+/*
+ * The store's side of the shm path: one thread, one poll(2) over all readers.
+ *
+ * A connection has at most one reply under way; until the reader has taken it,
+ * nothing more is read from that connection, so a flood fills only the
+ * reader's own socket buffer.
+ */
+#include "common/transport/shm_wire_internal.h"
+
+#include "common/base/alloc.h"
+#include "common/base/clock.h"
+#include "common/base/log.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#define IN_BYTES_FIRST 4096u
+#define REFUSALS_MAX   64u /* gets over pins_max in a row: such a reader does not listen */
+#define READS_A_TURN   16u /* then the other readers come first */
+
+struct pin {
+    uint64_t id; /* 0: free */
+    void *pin;
+};
+
+struct connection {
+    int fd; /* -1: free */
+    bool greeted;
+    uint8_t *in;
+    size_t in_room;
+    size_t in_bytes;
+    uint8_t *out;
+    size_t out_room;
+    size_t out_begin;
+    size_t out_bytes;
+    struct pin *pins;
+    uint32_t pins_room;
+    uint32_t pins_used;
+    uint32_t refusals;
+};
+
+struct rk_shm_server {
+    struct rk_shm_server_options options;
+    char *socket_path;
+    int listen_fd;
+    int arena_fd; /* opened read-only */
+    int wake_fd;
+    bool bound;
+    bool running;
+    pthread_t thread;
+    struct connection *connections;
+    struct pollfd *polls; /* wake, listen, then one per connection */
+    struct rk_extent *extents;
+    uint64_t *offsets;
+    uint64_t *checksums;
+    uint32_t next_pin;
+};
+
+/* ---- Pins ---- */
+
+static void pins_release(struct rk_shm_server *server, struct connection *connection)
+{
+    for (uint32_t i = 0; i < connection->pins_room; i++) {
+        if (connection->pins[i].id != 0) {
+            server->options.ops->unpin(server->options.context, connection->pins[i].pin);
+        }
+    }
+    rk_free(connection->pins);
+    connection->pins = NULL;
+    connection->pins_room = 0;
+    connection->pins_used = 0;
+}
+
+/* Room for one more pin; NULL when the connection has its maximum or memory is out. */
+static struct pin *pin_slot(struct rk_shm_server *server, struct connection *connection)
+{
+    if (connection->pins_used == connection->pins_room) {
+        uint32_t room = connection->pins_room ? connection->pins_room * 2 : 16;
+        room = room < server->options.pins_max ? room : server->options.pins_max;
+        if (room == connection->pins_room) {
+            return NULL;
+        }
+        struct pin *pins = rk_alloc_resize(connection->pins, room, sizeof(*pins));
+        if (!pins) {
+            return NULL;
+        }
+        memset(pins + connection->pins_room, 0, (room - connection->pins_room) * sizeof(*pins));
+        connection->pins = pins;
+        connection->pins_room = room;
+    }
+    uint32_t slot = 0;
+    while (connection->pins[slot].id != 0) {
+        slot++;
+    }
+    return &connection->pins[slot];
+}
+
+/* The low half of an id is its slot plus one, so that finding it is no search. */
+static bool pin_drop(struct rk_shm_server *server, struct connection *connection, uint64_t id)
+{
+    uint32_t slot = (uint32_t)id - 1;
+    if (id == 0 || slot >= connection->pins_room || connection->pins[slot].id != id) {
+        return false;
+    }
+    server->options.ops->unpin(server->options.context, connection->pins[slot].pin);
+    connection->pins[slot] = (struct pin){0};
+    connection->pins_used--;
+    return true;
+}
+
+/* ---- Connections ---- */
+
+static void connection_close(struct rk_shm_server *server, struct connection *connection,
+                             const char *why)
+{
+    if (why) {
+        RK_LOG_WARN("shm_reader_dropped", "reason=%q pins=%u", why, connection->pins_used);
+    }
+    close(connection->fd);
+    pins_release(server, connection);
+    rk_free(connection->in);
+    rk_free(connection->out);
+    *connection = (struct connection){.fd = -1};
+}
+
+static bool peer_allowed(int fd)
+{
+    struct ucred peer;
+    socklen_t bytes = sizeof(peer);
+    return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &bytes) == 0 &&
+           (peer.uid == geteuid() || peer.uid == 0);
+}
+
+static void accept_reader(struct rk_shm_server *server)
+{
+    int fd = accept4(server->listen_fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    if (fd < 0) {
+        if (errno == EMFILE || errno == ENFILE) {
+            RK_LOG_ERROR("shm_accept_failed", "reason=%q", strerror(errno));
+            rk_clock_sleep_ms(10); /* The pending connection would wake poll at once. */
+        }
+        return;
+    }
+    struct connection *connection = NULL;
+    for (uint32_t i = 0; i < server->options.connections_max && !connection; i++) {
+        if (server->connections[i].fd < 0) {
+            connection = &server->connections[i];
+        }
+    }
+    if (!connection || !peer_allowed(fd)) {
+        RK_LOG_WARN("shm_reader_refused", "reason=%q",
+                    connection ? "another user" : "too many connections");
+        close(fd);
+        return;
+    }
+    connection->fd = fd;
+}
+
+/* ---- Replies ---- */
+
+/* RK_OK: all is sent, or the rest waits in the connection's buffer. */
+static enum rk_status flush(struct connection *connection)
+{
+    while (connection->out_begin < connection->out_bytes) {
+        ssize_t sent = send(connection->fd, connection->out + connection->out_begin,
+                            connection->out_bytes - connection->out_begin, MSG_NOSIGNAL);
+        if (sent < 0 && errno == EINTR) {
+            continue;
+        }
+        if (sent < 0) {
+            return errno == EAGAIN ? RK_OK : RK_ERR_UNAVAILABLE;
+        }
+        connection->out_begin += (size_t)sent;
+    }
+    connection->out_begin = 0;
+    connection->out_bytes = 0;
+    return RK_OK;
+}
+
+static uint8_t *out_reserve(struct connection *connection, size_t bytes)
+{
+    RK_ASSERT(connection->out_bytes == 0);
+    if (bytes > connection->out_room) {
+        uint8_t *out = rk_alloc_resize(connection->out, bytes, 1);
+        if (!out) {
+            return NULL;
+        }
+        connection->out = out;
+        connection->out_room = bytes;
+    }
+    connection->out_bytes = bytes;
+    return connection->out;
+}
+
+static enum rk_status reply_hello(struct rk_shm_server *server, struct connection *connection,
+                                  uint32_t request_id)
+{
+    struct __attribute__((packed)) {
+        struct shm_frame_header header;
+        struct shm_hello_reply body;
+    } reply = {.body.arena_bytes = server->options.arena_bytes};
+    shm_header_fill(&reply.header, SHM_HELLO_REPLY, request_id, sizeof(reply.body));
+
+    union {
+        struct cmsghdr align;
+        char bytes[CMSG_SPACE(sizeof(int))];
+    } control = {0};
+    struct iovec part = {.iov_base = &reply, .iov_len = sizeof(reply)};
+    struct msghdr message = {.msg_iov = &part,
+                             .msg_iovlen = 1,
+                             .msg_control = control.bytes,
+                             .msg_controllen = sizeof(control.bytes)};
+    struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
+    rights->cmsg_level = SOL_SOCKET;
+    rights->cmsg_type = SCM_RIGHTS;
+    rights->cmsg_len = CMSG_LEN(sizeof(int));
+    memcpy(CMSG_DATA(rights), &server->arena_fd, sizeof(int));
+    /* The first bytes on a fresh socket: they fit or the peer is gone. */
+    ssize_t sent = sendmsg(connection->fd, &message, MSG_NOSIGNAL);
+    if (sent != (ssize_t)sizeof(reply)) {
+        return RK_ERR_UNAVAILABLE;
+    }
+    connection->greeted = true;
+    return RK_OK;
+}
+
+static enum rk_status reply_failure(struct connection *connection, uint32_t request_id,
+                                    enum rk_status status, const char *text)
+{
+    char line[SHM_ERROR_TEXT_MAX];
+    int length = snprintf(line, sizeof(line), "%s %s", rk_status_name(status), text);
+    size_t line_bytes = (size_t)length < sizeof(line) ? (size_t)length : sizeof(line) - 1;
+    struct shm_get_reply body = {.failed = 1};
+    size_t body_bytes = sizeof(body) + line_bytes;
+    struct shm_frame_header header;
+    shm_header_fill(&header, SHM_GET_REPLY, request_id, body_bytes);
+    uint8_t *out = out_reserve(connection, sizeof(header) + body_bytes);
+    if (!out) {
+        return RK_ERR_NO_MEMORY;
+    }
+    memcpy(out, &header, sizeof(header));
+    memcpy(out + sizeof(header), &body, sizeof(body));
+    memcpy(out + sizeof(header) + sizeof(body), line, line_bytes);
+    return flush(connection);
+}
+
+static enum rk_status reply_pages(struct rk_shm_server *server, struct connection *connection,
+                                  uint32_t request_id, uint64_t pin_id, uint64_t num_pages)
+{
+    struct shm_get_reply body = {.pin_id = pin_id, .num_pages = (uint32_t)num_pages};
+    size_t body_bytes = sizeof(body) + num_pages * sizeof(struct shm_page);
+    struct shm_frame_header header;
+    shm_header_fill(&header, SHM_GET_REPLY, request_id, body_bytes);
+    uint8_t *out = out_reserve(connection, sizeof(header) + body_bytes);
+    if (!out) {
+        return RK_ERR_NO_MEMORY;
+    }
+    memcpy(out, &header, sizeof(header));
+    memcpy(out + sizeof(header), &body, sizeof(body));
+    out += sizeof(header) + sizeof(body);
+    for (uint64_t i = 0; i < num_pages; i++) {
+        struct shm_page page = {.offset = server->offsets[i], .checksum = server->checksums[i]};
+        memcpy(out + i * sizeof(page), &page, sizeof(page));
+    }
+    return flush(connection);
+}
+
+/* ---- Requests ---- */
+
+static enum rk_status handle_get(struct rk_shm_server *server, struct connection *connection,
+                                 const struct shm_frame *frame, const char **ret_why)
+{
+    uint32_t request_id = frame->header.request_id;
+    struct rk_get get;
+    if (shm_get_parse(frame, server->options.pages_max, server->extents, &get) != RK_OK) {
+        *ret_why = "a malformed or too large get";
+        return RK_ERR_INVALID;
+    }
+    struct pin *slot = pin_slot(server, connection);
+    if (!slot) {
+        if (++connection->refusals > REFUSALS_MAX) {
+            *ret_why = "too many gets without a release";
+            return RK_ERR_INVALID;
+        }
+        return reply_failure(connection, request_id, RK_ERR_FULL,
+                             "this connection holds its maximum of pins");
+    }
+    connection->refusals = 0;
+    get.deadline_ns = RK_DEADLINE_NEVER; /* The reader watches it; pinning does not wait. */
+    struct rk_error error = {0};
+    uint64_t num_pages = get.pages_max;
+    void *pinned = NULL;
+    enum rk_status status =
+        server->options.ops->pin(server->options.context, &get, server->offsets, server->checksums,
+                                 &num_pages, &pinned, &error);
+    if (status != RK_OK) {
+        return reply_failure(connection, request_id, status, error.text);
+    }
+    if (++server->next_pin == 0) {
+        server->next_pin = 1;
+    }
+    uint64_t index = (uint64_t)(slot - connection->pins);
+    *slot = (struct pin){.id = (uint64_t)server->next_pin << 32 | (index + 1), .pin = pinned};
+    connection->pins_used++;
+    return reply_pages(server, connection, request_id, slot->id, num_pages);
+}
+
+static enum rk_status handle_frame(struct rk_shm_server *server, struct connection *connection,
+                                   const struct shm_frame *frame, const char **ret_why)
+{
+    if (connection->greeted != (frame->header.type != SHM_HELLO)) {
+        *ret_why = "a frame out of order";
+        return RK_ERR_INVALID;
+    }
+    switch (frame->header.type) {
+    case SHM_HELLO:
+        return reply_hello(server, connection, frame->header.request_id);
+    case SHM_GET:
+        return handle_get(server, connection, frame, ret_why);
+    case SHM_RELEASE: {
+        struct shm_release release;
+        if (frame->header.body_bytes == sizeof(release)) {
+            memcpy(&release, frame->body, sizeof(release));
+            if (pin_drop(server, connection, release.pin_id)) {
+                return RK_OK;
+            }
+        }
+        *ret_why = "a release of what is not pinned";
+        return RK_ERR_INVALID;
+    }
+    default:
+        *ret_why = "a frame that readers do not send";
+        return RK_ERR_INVALID;
+    }
+}
+
+/* Handles whole frames until one's reply does not fit the socket. */
+static enum rk_status drain_frames(struct rk_shm_server *server, struct connection *connection,
+                                   size_t *ret_needed, const char **ret_why)
+{
+    size_t at = 0;
+    enum rk_status status = RK_OK;
+    *ret_needed = sizeof(struct shm_frame_header);
+    while (connection->out_bytes == 0 && status == RK_OK) {
+        struct shm_frame frame;
+        status = shm_frame_parse(connection->in + at, connection->in_bytes - at,
+                                 SHM_REQUEST_BYTES_MAX, &frame, ret_needed);
+        if (status == RK_OK) {
+            status = handle_frame(server, connection, &frame, ret_why);
+            at += frame.bytes;
+        } else if (status == RK_ERR_INVALID) {
+            *ret_why = "bytes that are no frame";
+        }
+    }
+    if (status != RK_OK && status != RK_ERR_BUSY) {
+        return status;
+    }
+    memmove(connection->in, connection->in + at, connection->in_bytes - at);
+    connection->in_bytes -= at;
+    return RK_OK;
+}
+
+static enum rk_status read_some(struct connection *connection, size_t needed)
+{
+    size_t room = needed > IN_BYTES_FIRST ? needed : IN_BYTES_FIRST;
+    if (room > connection->in_room) {
+        uint8_t *in = rk_alloc_resize(connection->in, room, 1);
+        if (!in) {
+            return RK_ERR_NO_MEMORY;
+        }
+        connection->in = in;
+        connection->in_room = room;
+    }
+    ssize_t got = recv(connection->fd, connection->in + connection->in_bytes,
+                       connection->in_room - connection->in_bytes, 0);
+    if (got > 0) {
+        connection->in_bytes += (size_t)got;
+        return RK_OK;
+    }
+    bool later = got < 0 && (errno == EAGAIN || errno == EINTR);
+    return later ? RK_ERR_BUSY : RK_ERR_UNAVAILABLE;
+}
+
+static void serve(struct rk_shm_server *server, struct connection *connection, short events)
+{
+    const char *why = NULL;
+    enum rk_status status = RK_OK;
+    size_t needed = sizeof(struct shm_frame_header);
+    if (events & POLLOUT) {
+        status = flush(connection);
+    }
+    if (status == RK_OK) { /* What was read while a reply was under way. */
+        status = drain_frames(server, connection, &needed, &why);
+    }
+    for (uint32_t i = 0; i < READS_A_TURN && status == RK_OK && connection->out_bytes == 0; i++) {
+        status = read_some(connection, needed);
+        if (status == RK_OK) {
+            status = drain_frames(server, connection, &needed, &why);
+        }
+    }
+    if (status == RK_ERR_NO_MEMORY) {
+        why = "out of memory";
+    }
+    if (status != RK_OK && status != RK_ERR_BUSY) {
+        connection_close(server, connection, why);
+    }
+}
+
+static void *server_thread(void *context)
+{
+    struct rk_shm_server *server = context;
+    uint32_t connections_max = server->options.connections_max;
+    for (;;) {
+        server->polls[0] = (struct pollfd){.fd = server->wake_fd, .events = POLLIN};
+        server->polls[1] = (struct pollfd){.fd = server->listen_fd, .events = POLLIN};
+        for (uint32_t i = 0; i < connections_max; i++) {
+            const struct connection *connection = &server->connections[i];
+            /* poll ignores -1. With a reply under way only its end matters. */
+            server->polls[2 + i] = (struct pollfd){
+                .fd = connection->fd, .events = connection->out_bytes > 0 ? POLLOUT : POLLIN};
+        }
+        if (poll(server->polls, 2 + connections_max, -1) < 0) {
+            RK_ASSERT(errno == EINTR || errno == ENOMEM);
+            continue;
+        }
+        if (server->polls[0].revents) {
+            return NULL;
+        }
+        for (uint32_t i = 0; i < connections_max; i++) {
+            short events = server->polls[2 + i].revents;
+            if (events && server->connections[i].fd >= 0) {
+                serve(server, &server->connections[i], events);
+            }
+        }
+        if (server->polls[1].revents) {
+            accept_reader(server);
+        }
+    }
+}
+
+/* ---- Life ---- */
+
+static enum rk_status address_fill(const char *path, struct sockaddr_un *ret_address,
+                                   struct rk_error *error)
+{
+    *ret_address = (struct sockaddr_un){.sun_family = AF_UNIX};
+    if (path[0] == '\0' || strlen(path) >= sizeof(ret_address->sun_path)) {
+        return rk_error_set(error, RK_ERR_INVALID,
+                            "the socket path \"%s\" must have 1 to %zu bytes", path,
+                            sizeof(ret_address->sun_path) - 1);
+    }
+    memcpy(ret_address->sun_path, path, strlen(path) + 1);
+    return RK_OK;
+}
+
+/* Makes the last folder of the path if it is missing: for this user only. */
+static enum rk_status folder_make(const char *socket_path, struct rk_error *error)
+{
+    char *folder = rk_alloc_string(socket_path);
+    if (!folder) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a path");
+    }
+    enum rk_status status = RK_OK;
+    char *slash = strrchr(folder, '/');
+    if (slash && slash != folder) {
+        *slash = '\0';
+        if (mkdir(folder, 0700) != 0 && errno != EEXIST) {
+            status = rk_error_set(error, RK_ERR_IO, "cannot make the folder %s: %s", folder,
+                                  strerror(errno));
+        }
+    }
+    rk_free(folder);
+    return status;
+}
+
+/* A socket that nobody listens on is left over from a crash; anything else is kept. */
+static enum rk_status stale_remove(const char *path, const struct sockaddr_un *address,
+                                   struct rk_error *error)
+{
+    struct stat info;
+    if (lstat(path, &info) != 0) {
+        return RK_OK;
+    }
+    if (!S_ISSOCK(info.st_mode)) {
+        return rk_error_set(error, RK_ERR_IO, "%s exists and is no socket", path);
+    }
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    bool live = fd >= 0 && (connect(fd, (const struct sockaddr *)address, sizeof(*address)) == 0 ||
+                            errno == EAGAIN);
+    if (fd >= 0) {
+        close(fd);
+    }
+    if (live) {
+        return rk_error_set(error, RK_ERR_EXISTS, "another process serves %s", path);
+    }
+    if (unlink(path) != 0 && errno != ENOENT) {
+        return rk_error_set(error, RK_ERR_IO, "cannot remove the stale %s: %s", path,
+                            strerror(errno));
+    }
+    return RK_OK;
+}
+
+static enum rk_status listen_start(struct rk_shm_server *server, struct rk_error *error)
+{
+    struct sockaddr_un address;
+    enum rk_status status = address_fill(server->socket_path, &address, error);
+    if (status == RK_OK) {
+        status = folder_make(server->socket_path, error);
+    }
+    if (status == RK_OK) {
+        status = stale_remove(server->socket_path, &address, error);
+    }
+    if (status != RK_OK) {
+        return status;
+    }
+    server->listen_fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    /* The mode set before bind is that of the file, so there is no moment with another one. */
+    if (server->listen_fd < 0 || fchmod(server->listen_fd, 0600) != 0 ||
+        bind(server->listen_fd, (const struct sockaddr *)&address, sizeof(address)) != 0) {
+        return rk_error_set(error, RK_ERR_IO, "cannot bind %s: %s", server->socket_path,
+                            strerror(errno));
+    }
+    server->bound = true;
+    if (listen(server->listen_fd, 64) != 0) {
+        return rk_error_set(error, RK_ERR_IO, "cannot listen on %s: %s", server->socket_path,
+                            strerror(errno));
+    }
+    return RK_OK;
+}
+
+static enum rk_status tables_create(struct rk_shm_server *server, struct rk_error *error)
+{
+    uint32_t connections_max = server->options.connections_max;
+    server->connections = rk_alloc_zero(connections_max, sizeof(*server->connections));
+    server->polls = rk_alloc_zero(connections_max + 2, sizeof(*server->polls));
+    server->extents = rk_alloc(SHM_EXTENTS_MAX * sizeof(*server->extents));
+    server->offsets = rk_alloc_zero(server->options.pages_max, sizeof(uint64_t));
+    server->checksums = rk_alloc_zero(server->options.pages_max, sizeof(uint64_t));
+    if (!server->connections || !server->polls || !server->extents || !server->offsets ||
+        !server->checksums) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for the shm server");
+    }
+    for (uint32_t i = 0; i < connections_max; i++) {
+        server->connections[i].fd = -1;
+    }
+    return RK_OK;
+}
+
+static enum rk_status descriptors_open(struct rk_shm_server *server, struct rk_error *error)
+{
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", server->options.arena_fd);
+    /* Readers get a descriptor that was never open for writing. */
+    server->arena_fd = open(path, O_RDONLY | O_CLOEXEC);
+    server->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (server->arena_fd < 0 || server->wake_fd < 0) {
+        return rk_error_set(error, RK_ERR_IO, "cannot open the arena for readers: %s",
+                            strerror(errno));
+    }
+    return RK_OK;
+}
+
+enum rk_status rk_shm_server_start(const struct rk_shm_server_options *options,
+                                   struct rk_shm_server **ret_server, struct rk_error *error)
+{
+    struct rk_shm_server *server = rk_alloc_zero(1, sizeof(*server));
+    if (!server) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for the shm server");
+    }
+    server->options = *options;
+    server->listen_fd = server->arena_fd = server->wake_fd = -1;
+    struct rk_shm_server_options *set = &server->options;
+    set->connections_max = set->connections_max ? set->connections_max : 256;
+    set->pins_max = set->pins_max ? set->pins_max : 4096;
+    set->pages_max =
+        set->pages_max && set->pages_max < SHM_PAGES_MAX ? set->pages_max : SHM_PAGES_MAX;
+    enum rk_status status = RK_ERR_NO_MEMORY;
+    server->socket_path = rk_alloc_string(options->socket_path);
+    if (!server->socket_path) {
+        rk_error_set(error, status, "no memory for the shm server");
+        goto fail;
+    }
+    status = tables_create(server, error);
+    if (status != RK_OK) {
+        goto fail;
+    }
+    status = descriptors_open(server, error);
+    if (status != RK_OK) {
+        goto fail;
+    }
+    status = listen_start(server, error);
+    if (status != RK_OK) {
+        goto fail;
+    }
+    if (pthread_create(&server->thread, NULL, server_thread, server) != 0) {
+        status = rk_error_set(error, RK_ERR_NO_MEMORY, "cannot start the shm thread");
+        goto fail;
+    }
+    server->running = true;
+    *ret_server = server;
+    return RK_OK;
+
+fail:
+    rk_shm_server_stop(server);
+    return status;
+}
+
+static void close_if_open(int fd)
+{
+    if (fd >= 0) {
+        close(fd);
+    }
+}
+
+void rk_shm_server_stop(struct rk_shm_server *server)
+{
+    if (!server) {
+        return;
+    }
+    if (server->running) {
+        uint64_t one = 1;
+        RK_ASSERT(write(server->wake_fd, &one, sizeof(one)) == sizeof(one));
+        RK_ASSERT(pthread_join(server->thread, NULL) == 0);
+        for (uint32_t i = 0; i < server->options.connections_max; i++) {
+            if (server->connections[i].fd >= 0) {
+                connection_close(server, &server->connections[i], NULL);
+            }
+        }
+    }
+    if (server->bound) {
+        RK_ASSERT(server->socket_path != NULL);
+        unlink(server->socket_path);
+    }
+    close_if_open(server->listen_fd);
+    close_if_open(server->arena_fd);
+    close_if_open(server->wake_fd);
+    rk_free(server->connections);
+    rk_free(server->polls);
+    rk_free(server->extents);
+    rk_free(server->offsets);
+    rk_free(server->checksums);
+    rk_free(server->socket_path);
+    rk_free(server);
+}

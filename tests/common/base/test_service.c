@@ -1,0 +1,255 @@
+/*
+ * Goal:   sizes and addresses are read as people mean them or refused with a reason;
+ *         signals end a daemon in order; names of nodes and incarnations are unique.
+ * Method: tables of inputs; a child process that is signalled.
+ */
+#include "common/base/service.h"
+
+#include "common/base/alloc.h"
+
+#include <argp.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+static void sizes_are_read(void **state)
+{
+    static const struct {
+        const char *text;
+        uint64_t bytes;
+    } rows[] = {
+        {"0", 0},
+        {"4096", 4096},
+        {"4096B", 4096},
+        {"64KB", 64000},
+        {"64kb", 64000},
+        {"512MiB", 512 << 20},
+        {"2GiB", UINT64_C(2) << 30},
+        {"3TB", UINT64_C(3000000000000)},
+        {"16777215TiB", UINT64_C(16777215) << 40},
+        {"18446744073709551615", UINT64_MAX},
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        uint64_t bytes = 1;
+        assert_int_equal(rk_size_parse(rows[i].text, &bytes, NULL), RK_OK);
+        assert_true(bytes == rows[i].bytes);
+    }
+}
+
+static void wrong_sizes_are_refused_with_a_reason(void **state)
+{
+    static const struct {
+        const char *text;
+        const char *reason;
+    } rows[] = {
+        {"", "whole number"},
+        {"MiB", "whole number"},
+        {"-1", "whole number"},
+        {"+1", "whole number"},
+        {" 1", "whole number"},
+        {"1.5GiB", "unknown unit '.5GiB'"},
+        {"512M", "unknown unit 'M'"},
+        {"1 GiB", "unknown unit ' GiB'"},
+        {"1GiBs", "unknown unit 'GiBs'"},
+        {"0x10", "unknown unit 'x10'"},
+        {"18446744073709551616", "larger than"},
+        {"16777216TiB", "larger than"},
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        uint64_t bytes = 77;
+        struct rk_error error = {0};
+        assert_int_equal(rk_size_parse(rows[i].text, &bytes, &error), RK_ERR_INVALID);
+        assert_non_null(strstr(error.text, rows[i].reason));
+        assert_true(bytes == 77);
+    }
+}
+
+static void addresses_are_read(void **state)
+{
+    static const struct {
+        const char *text;
+        const char *host;
+        uint16_t port;
+    } rows[] = {
+        {"127.0.0.1:9101", "127.0.0.1", 9101}, {"store-3.example:0", "store-3.example", 0},
+        {"[::1]:7000", "::1", 7000},           {"[fe80::1%eth0]:65535", "fe80::1%eth0", 65535},
+        {"0.0.0.0:080", "0.0.0.0", 80},
+    };
+    (void)state;
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        struct rk_address address;
+        assert_int_equal(rk_address_parse(rows[i].text, &address, NULL), RK_OK);
+        assert_string_equal(address.host, rows[i].host);
+        assert_int_equal(address.port, rows[i].port);
+    }
+}
+
+static void wrong_addresses_are_refused_with_a_reason(void **state)
+{
+    static const struct {
+        const char *text;
+        const char *reason;
+    } rows[] = {
+        {"", "no port"},
+        {"host", "no port"},
+        {":80", "0.0.0.0:80"},
+        {"host:", "not a number"},
+        {"host:65536", "not a number"},
+        {"host:99999999999999999999", "not a number"},
+        {"host:-1", "not a number"},
+        {"host:80x", "not a number"},
+        {"::1:80", "brackets"},
+        {"[::1]", "brackets"},
+        {"[]:80", "brackets"},
+        {"[::1:80", "brackets"},
+        {"http://host:80", "brackets"},
+        {"ho st:80", "no spaces"},
+        {"host\n:80", "no spaces"},
+        {"a/b:80", "no spaces"},
+        {"user@host:80", "no spaces"},
+    };
+    char longest[RK_HOST_BYTES + 10];
+    struct rk_address address = {.port = 77};
+    struct rk_error error = {0};
+    (void)state;
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        assert_int_equal(rk_address_parse(rows[i].text, &address, &error), RK_ERR_INVALID);
+        if (!strstr(error.text, rows[i].reason)) {
+            fail_msg("%s: %s", rows[i].text, error.text);
+        }
+        assert_int_equal(address.port, 77);
+    }
+    memset(longest, 'h', sizeof(longest));
+    memcpy(longest + RK_HOST_BYTES - 1, ":1", 3);
+    assert_int_equal(rk_address_parse(longest, &address, &error), RK_OK);
+    assert_int_equal(strlen(address.host), RK_HOST_BYTES - 1);
+    longest[RK_HOST_BYTES - 1] = 'h';
+    memcpy(longest + RK_HOST_BYTES, ":1", 3);
+    assert_int_equal(rk_address_parse(longest, &address, &error), RK_ERR_INVALID);
+}
+
+static void nodes_have_names_of_their_own(void **state)
+{
+    char *a = rk_service_node_id("kvstore");
+    char *b = rk_service_node_id("kvstore");
+    (void)state;
+    assert_non_null(a);
+    assert_non_null(b);
+    assert_string_not_equal(a, b);
+    assert_memory_equal(a, "kvstore-", 8);
+    assert_int_equal(strlen(a), strlen(b));
+    assert_int_equal(strspn(a, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-"),
+                     strlen(a));
+    assert_int_equal(strspn(strrchr(a, '-') + 1, "0123456789abcdef"), 8);
+    rk_free(a);
+    rk_free(b);
+    rk_alloc_fail_after(0);
+    assert_null(rk_service_node_id("kvstore"));
+    rk_alloc_fail_after(-1);
+}
+
+static void incarnations_differ(void **state)
+{
+    uint64_t seen[64];
+    (void)state;
+    for (int i = 0; i < 64; i++) {
+        seen[i] = rk_service_incarnation();
+        assert_true(seen[i] != 0);
+        for (int j = 0; j < i; j++) {
+            assert_true(seen[i] != seen[j]);
+        }
+    }
+}
+
+/* What the child does after rk_service_init(); its exit status is the parent's evidence. */
+static int in_child(int (*body)(void))
+{
+    int status = 0;
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        (void)alarm(30);
+        rk_service_init();
+        _exit(body());
+    }
+    assert_int_equal(waitpid(child, &status, 0), child);
+    return status;
+}
+
+static int wait_for_term(void)
+{
+    (void)kill(getpid(), SIGTERM); /* Blocked: stays pending until the wait takes it. */
+    return rk_service_wait() == SIGTERM ? 0 : 1;
+}
+
+static int wait_for_int(void)
+{
+    (void)kill(getpid(), SIGINT);
+    return rk_service_wait() == SIGINT ? 0 : 1;
+}
+
+static int second_signal(void)
+{
+    (void)kill(getpid(), SIGTERM);
+    (void)rk_service_wait();
+    (void)kill(getpid(), SIGINT);
+    return 0;
+}
+
+static int write_to_nobody(void)
+{
+    int ends[2];
+    if (pipe(ends) != 0 || close(ends[0]) != 0) {
+        return 1;
+    }
+    return write(ends[1], "x", 1) == -1 ? 0 : 1; /* Alive to see EPIPE. */
+}
+
+static int wrong_usage(void)
+{
+    char name[] = "program";
+    char option[] = "--no-such-option";
+    char *argv[] = {name, option, NULL};
+    struct argp argp = {0};
+    close(STDERR_FILENO);
+    (void)argp_parse(&argp, 2, argv, 0, NULL, NULL); /* Exits. */
+    return 0;
+}
+
+static void signals_end_a_daemon_in_order(void **state)
+{
+    (void)state;
+    int status = in_child(wait_for_term);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    status = in_child(wait_for_int);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    status = in_child(second_signal);
+    assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGINT);
+    status = in_child(write_to_nobody);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    status = in_child(wrong_usage);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 2);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(sizes_are_read),
+        cmocka_unit_test(wrong_sizes_are_refused_with_a_reason),
+        cmocka_unit_test(addresses_are_read),
+        cmocka_unit_test(wrong_addresses_are_refused_with_a_reason),
+        cmocka_unit_test(nodes_have_names_of_their_own),
+        cmocka_unit_test(incarnations_differ),
+        cmocka_unit_test(signals_end_a_daemon_in_order),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,562 @@
+/*
+ * Goal:   the shm path gives the store's own bytes, read-only, pinned for just
+ *         as long as the reader lives; and no reader can harm the server.
+ * Method: a server over an arena with a counting pin; readers in this process,
+ *         in forked ones that are killed, and raw sockets that send rubbish. A
+ *         forked server that is stopped or killed stands for a sick store.
+ */
+#include "common/transport/shm_wire_internal.h"
+#include "common/transport/transport.h"
+
+#include "common/base/alloc.h"
+#include "common/base/clock.h"
+#include "common/base/hash.h"
+#include "common/base/log.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#define PAGE_BYTES 4096u
+#define NUM_PAGES  64u
+#define WAIT_MS    10000
+
+/* Page p of layer 0, head 0 is page p of the arena; any other name is a miss. */
+struct arena {
+    int fd;
+    uint8_t *bytes;
+    atomic_int pins;
+    char folder[64];
+    char socket[96];
+    struct rk_shm_server *server;
+};
+
+static enum rk_status arena_pin(void *context, const struct rk_get *get, uint64_t *ret_offsets,
+                                uint64_t *ret_checksums, uint64_t *num_pages, void **ret_pin,
+                                struct rk_error *error)
+{
+    struct arena *arena = context;
+    uint64_t done = 0;
+    if (get->generation != 1) {
+        return RK_MISS_STALE_GENERATION;
+    }
+    if (get->page_bytes != PAGE_BYTES) {
+        return RK_MISS_FINGERPRINT;
+    }
+    for (size_t i = 0; i < get->num_extents; i++) {
+        if (get->extents[i].layer != 0 || get->extents[i].page_end > NUM_PAGES) {
+            return rk_error_set(error, RK_ERR_INVALID, "extent %zu is outside", i);
+        }
+        for (uint32_t page = get->extents[i].page_begin; page < get->extents[i].page_end; page++) {
+            RK_ASSERT(done < *num_pages);
+            ret_offsets[done] = (uint64_t)page * PAGE_BYTES;
+            ret_checksums[done] = rk_hash_xxh3(arena->bytes + ret_offsets[done], PAGE_BYTES);
+            done++;
+        }
+    }
+    *num_pages = done;
+    *ret_pin = arena;
+    atomic_fetch_add(&arena->pins, 1);
+    return RK_OK;
+}
+
+static void arena_unpin(void *context, void *pin)
+{
+    struct arena *arena = context;
+    RK_ASSERT(pin == arena);
+    RK_ASSERT(atomic_fetch_sub(&arena->pins, 1) > 0);
+}
+
+static const struct rk_shm_server_ops arena_ops = {.pin = arena_pin, .unpin = arena_unpin};
+
+static void server_start(struct arena *arena, uint32_t pins_max, uint32_t connections_max)
+{
+    const struct rk_shm_server_options options = {.socket_path = arena->socket,
+                                                  .arena_fd = arena->fd,
+                                                  .arena_bytes = NUM_PAGES * PAGE_BYTES,
+                                                  .connections_max = connections_max,
+                                                  .pins_max = pins_max,
+                                                  .pages_max = 2 * NUM_PAGES,
+                                                  .ops = &arena_ops,
+                                                  .context = arena};
+    struct rk_error error = {0};
+    enum rk_status status = rk_shm_server_start(&options, &arena->server, &error);
+    if (status != RK_OK) {
+        fail_msg("%s", error.text);
+    }
+}
+
+static int set_up_arena(void **state)
+{
+    struct arena *arena = rk_alloc_zero(1, sizeof(*arena));
+    size_t bytes = NUM_PAGES * PAGE_BYTES;
+    snprintf(arena->folder, sizeof(arena->folder), "/tmp/redknot-test-XXXXXX");
+    assert_non_null(mkdtemp(arena->folder));
+    snprintf(arena->socket, sizeof(arena->socket), "%s/socket", arena->folder);
+    arena->fd = memfd_create("arena", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    assert_int_equal(ftruncate(arena->fd, (off_t)bytes), 0);
+    arena->bytes = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, arena->fd, 0);
+    assert_int_equal(
+        fcntl(arena->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE), 0);
+    for (size_t i = 0; i < bytes; i++) {
+        arena->bytes[i] = (uint8_t)(i * 31 + i / PAGE_BYTES);
+    }
+    *state = arena;
+    return 0;
+}
+
+static int set_up(void **state)
+{
+    set_up_arena(state);
+    server_start(*state, 4, 8);
+    return 0;
+}
+
+static int tear_down(void **state)
+{
+    struct arena *arena = *state;
+    rk_shm_server_stop(arena->server);
+    assert_int_equal(atomic_load(&arena->pins), 0); /* stop unpins all */
+    munmap(arena->bytes, NUM_PAGES * PAGE_BYTES);
+    close(arena->fd);
+    unlink(arena->socket);
+    assert_int_equal(rmdir(arena->folder), 0);
+    rk_free(arena);
+    return 0;
+}
+
+static void pins_become(struct arena *arena, int wanted)
+{
+    int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
+    while (atomic_load(&arena->pins) != wanted && rk_deadline_left_ms(deadline_ns) > 0) {
+        rk_clock_sleep_ms(1);
+    }
+    assert_int_equal(atomic_load(&arena->pins), wanted);
+}
+
+static struct rk_transport *reader_connect(const struct arena *arena)
+{
+    struct rk_transport_endpoint endpoint = {
+        .grpc_address = "", .host_id = rk_host_id(), .shm_socket = arena->socket};
+    struct rk_transport *transport = NULL;
+    struct rk_error error = {0};
+    if (rk_transport_connect(&endpoint, RK_PATH_SHM, WAIT_MS, &transport, &error) != RK_OK) {
+        return NULL;
+    }
+    return transport;
+}
+
+static struct rk_get get_of(const struct rk_extent *extents, size_t num_extents)
+{
+    return (struct rk_get){.generation = 1,
+                           .page_bytes = PAGE_BYTES,
+                           .extents = extents,
+                           .num_extents = num_extents,
+                           .pages_max = 1000,
+                           .deadline_ns = rk_deadline_in_ms(WAIT_MS)};
+}
+
+static const struct rk_extent two_extents[] = {{0, 0, 60, 64}, {0, 0, 2, 4}};
+
+static void bytes_are_those_of_the_store(void **state)
+{
+    struct arena *arena = *state;
+    struct rk_transport *reader = reader_connect(arena);
+    struct rk_pages pages = {0};
+    struct rk_get get = get_of(two_extents, 2);
+    const uint32_t expected[] = {60, 61, 62, 63, 2, 3};
+    assert_non_null(reader);
+    assert_int_equal(rk_transport_path(reader), RK_PATH_SHM);
+    assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_OK);
+    assert_int_equal(pages.num_pages, 6);
+    assert_int_equal(pages.bytes, 6 * PAGE_BYTES);
+    assert_int_equal(pages.tier, RK_TIER_DRAM);
+    for (size_t i = 0; i < 6; i++) {
+        assert_memory_equal(pages.pages[i].data, arena->bytes + expected[i] * PAGE_BYTES,
+                            PAGE_BYTES);
+        assert_true(rk_page_verify(&pages.pages[i], PAGE_BYTES));
+    }
+    arena->bytes[2 * PAGE_BYTES + 5] ^= 1; /* In place: the reader sees the store's damage. */
+    assert_false(rk_page_verify(&pages.pages[4], PAGE_BYTES));
+    assert_int_equal(atomic_load(&arena->pins), 1);
+    rk_transport_release(reader, &pages);
+    pins_become(arena, 0);
+    rk_transport_destroy(reader);
+}
+
+static void misses_and_errors_carry_their_reason(void **state)
+{
+    struct rk_transport *reader = reader_connect(*state);
+    struct rk_pages pages = {0};
+    struct rk_error error = {0};
+    const struct rk_extent outside = {7, 0, 0, 1};
+    struct rk_get get = get_of(two_extents, 2);
+    get.generation = 2;
+    assert_int_equal(rk_transport_get(reader, &get, &pages, &error), RK_MISS_STALE_GENERATION);
+    get = get_of(two_extents, 2);
+    get.page_bytes = 8192;
+    assert_int_equal(rk_transport_get(reader, &get, &pages, &error), RK_MISS_FINGERPRINT);
+    get = get_of(&outside, 1);
+    assert_int_equal(rk_transport_get(reader, &get, &pages, &error), RK_ERR_INVALID);
+    assert_string_equal(error.text, "extent 0 is outside");
+    get = get_of(two_extents, 2);
+    get.pages_max = 5;
+    assert_int_equal(rk_transport_get(reader, &get, &pages, &error), RK_ERR_INVALID);
+    get = get_of(two_extents, 2);
+    get.deadline_ns = 1;
+    assert_int_equal(rk_transport_get(reader, &get, &pages, &error), RK_MISS_DEADLINE);
+    assert_null(pages.pages);
+    rk_transport_destroy(reader);
+}
+
+static void the_mapping_is_read_only(void **state)
+{
+    struct rk_transport *reader = reader_connect(*state);
+    struct rk_pages pages = {0};
+    struct rk_get get = get_of(two_extents, 2);
+    assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_OK);
+    pid_t child = fork();
+    if (child == 0) {
+        signal(SIGSEGV, SIG_DFL); /* Not the sanitizer's report: the fault itself. */
+        *(volatile uint8_t *)pages.pages[0].data = 1;
+        _exit(0);
+    }
+    int status = 0;
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV);
+    rk_transport_release(reader, &pages);
+    rk_transport_destroy(reader);
+}
+
+static void a_killed_reader_lets_go(void **state)
+{
+    struct arena *arena = *state;
+    pid_t child = fork();
+    if (child == 0) {
+        struct rk_transport *reader = reader_connect(arena);
+        struct rk_pages pages = {0};
+        for (int i = 0; reader && i < 3; i++) {
+            struct rk_get get = get_of(two_extents, 2);
+            if (rk_transport_get(reader, &get, &pages, NULL) != RK_OK) {
+                _exit(1);
+            }
+        }
+        pause();
+        _exit(0);
+    }
+    pins_become(arena, 3);
+    kill(child, SIGKILL);
+    assert_int_equal(waitpid(child, NULL, 0), child);
+    pins_become(arena, 0);
+}
+
+static void pins_and_connections_are_bounded(void **state)
+{
+    struct arena *arena = *state;
+    struct rk_transport *reader = reader_connect(arena);
+    struct rk_pages pages[5] = {{0}};
+    struct rk_get get = get_of(two_extents, 2);
+    for (int i = 0; i < 4; i++) {
+        assert_int_equal(rk_transport_get(reader, &get, &pages[i], NULL), RK_OK);
+    }
+    assert_int_equal(rk_transport_get(reader, &get, &pages[4], NULL), RK_ERR_FULL);
+    rk_transport_release(reader, &pages[1]);
+    assert_int_equal(rk_transport_get(reader, &get, &pages[4], NULL), RK_OK);
+    struct rk_transport *others[8] = {NULL};
+    int connected = 0;
+    for (int i = 0; i < 8; i++) {
+        others[i] = reader_connect(arena);
+        connected += others[i] != NULL;
+    }
+    assert_int_equal(connected, 7);
+    for (int i = 0; i < 8; i++) {
+        rk_transport_destroy(others[i]);
+    }
+    for (int i = 0; i < 5; i++) {
+        rk_transport_release(reader, &pages[i]);
+    }
+    rk_transport_destroy(reader);
+}
+
+/* ---- Rubbish ---- */
+
+static int raw_connect(const struct arena *arena)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    struct timeval patience = {.tv_sec = WAIT_MS / 1000};
+    snprintf(address.sun_path, sizeof(address.sun_path), "%s", arena->socket);
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert_int_equal(connect(fd, (struct sockaddr *)&address, sizeof(address)), 0);
+    assert_int_equal(setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience)), 0);
+    return fd;
+}
+
+/* The server closes the connection; what it may have said before is skipped. */
+static void is_dropped(int fd)
+{
+    char bytes[512];
+    ssize_t got = 1;
+    while (got > 0) {
+        got = recv(fd, bytes, sizeof(bytes), 0);
+    }
+    assert_true(got == 0 || errno == ECONNRESET);
+    close(fd);
+}
+
+static void raw_hello(int fd)
+{
+    struct shm_frame_header hello;
+    char reply[64];
+    shm_header_fill(&hello, SHM_HELLO, 1, 0);
+    assert_int_equal(send(fd, &hello, sizeof(hello), 0), sizeof(hello));
+    assert_true(recv(fd, reply, sizeof(reply), 0) > 0);
+}
+
+static void rubbish_drops_only_its_sender(void **state)
+{
+    struct arena *arena = *state;
+    struct rk_transport *good = reader_connect(arena);
+    struct {
+        struct shm_frame_header header;
+        struct shm_get body;
+        struct rk_extent extent;
+    } __attribute__((packed)) frame;
+    for (int kind = 0; kind < 8; kind++) {
+        int fd = raw_connect(arena);
+        memset(&frame, 0, sizeof(frame));
+        shm_header_fill(&frame.header, SHM_GET, 1, sizeof(frame) - sizeof(frame.header));
+        frame.body.num_extents = 1;
+        frame.body.generation = 1;
+        frame.body.page_bytes = PAGE_BYTES;
+        frame.extent.page_end = 1;
+        if (kind != 0) { /* 0: a get before hello */
+            raw_hello(fd);
+        }
+        switch (kind) {
+        case 1:
+            memset(&frame, 0xee, sizeof(frame));
+            break;
+        case 2:
+            frame.header.body_bytes = UINT32_MAX;
+            break;
+        case 3:
+            frame.body.num_extents = UINT32_MAX;
+            break;
+        case 4:
+            frame.extent.page_end = UINT32_MAX;
+            break;
+        case 5:
+            frame.header.type = SHM_GET_REPLY;
+            break;
+        case 6:
+            frame.header.type = SHM_RELEASE;
+            break;
+        case 7:
+            frame.header.version = 77;
+            break;
+        default:
+            break;
+        }
+        assert_int_equal(send(fd, &frame, sizeof(frame), MSG_NOSIGNAL), sizeof(frame));
+        is_dropped(fd);
+    }
+    struct rk_pages pages = {0};
+    struct rk_get get = get_of(two_extents, 2);
+    assert_int_equal(rk_transport_get(good, &get, &pages, NULL), RK_OK);
+    rk_transport_release(good, &pages);
+    rk_transport_destroy(good);
+}
+
+static void a_flood_is_ended(void **state)
+{
+    struct arena *arena = *state;
+    int fd = raw_connect(arena);
+    struct {
+        struct shm_frame_header header;
+        struct shm_get body;
+        struct rk_extent extent;
+    } __attribute__((packed)) frame = {.body = {.num_extents = 1, .generation = 1}};
+    shm_header_fill(&frame.header, SHM_GET, 1, sizeof(frame) - sizeof(frame.header));
+    frame.body.page_bytes = PAGE_BYTES;
+    frame.extent.page_end = NUM_PAGES;
+    raw_hello(fd);
+    for (int i = 0; i < 200; i++) {
+        if (send(fd, &frame, sizeof(frame), MSG_NOSIGNAL) < 0) {
+            break;
+        }
+    }
+    is_dropped(fd);
+    pins_become(arena, 0);
+}
+
+static void random_bytes_never_crash(void **state)
+{
+    struct arena *arena = *state;
+    unsigned seed = (unsigned)rk_clock_ns();
+    print_message("seed %u\n", seed);
+    for (int round = 0; round < 200; round++) {
+        uint8_t bytes[256];
+        int fd = raw_connect(arena);
+        if (round % 2) {
+            raw_hello(fd);
+        }
+        for (size_t i = 0; i < sizeof(bytes); i++) {
+            bytes[i] = (uint8_t)rand_r(&seed);
+        }
+        struct shm_frame_header header;
+        shm_header_fill(&header, (enum shm_frame_type)(1 + rand_r(&seed) % 5), 1,
+                        (size_t)rand_r(&seed) % 300);
+        memcpy(bytes, &header, round % 4 ? sizeof(header) : 4);
+        ssize_t sent = send(fd, bytes, sizeof(bytes), MSG_NOSIGNAL);
+        assert_true(sent != 0);
+        close(fd);
+    }
+    struct rk_transport *good = reader_connect(arena);
+    int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
+    while (!good && rk_deadline_left_ms(deadline_ns) > 0) {
+        good = reader_connect(arena); /* The last of them may still hold places. */
+    }
+    assert_non_null(good);
+    rk_transport_destroy(good);
+}
+
+/* ---- A sick store ---- */
+
+/* A server in a process of its own. */
+static pid_t server_fork(struct arena *arena)
+{
+    int ready[2];
+    char byte = 0;
+    assert_int_equal(pipe(ready), 0);
+    pid_t child = fork();
+    if (child == 0) {
+        server_start(arena, 5, 8);
+        if (write(ready[1], "r", 1) == 1) {
+            pause();
+        }
+        _exit(0);
+    }
+    assert_int_equal(read(ready[0], &byte, 1), 1);
+    close(ready[0]);
+    close(ready[1]);
+    return child;
+}
+
+static void a_stopped_store_is_a_miss_in_time(void **state)
+{
+    struct arena *arena = *state;
+    pid_t child = server_fork(arena);
+    struct rk_transport *reader = reader_connect(arena);
+    struct rk_pages held = {0};
+    struct rk_pages pages = {0};
+    struct rk_get get = get_of(two_extents, 2);
+    assert_int_equal(rk_transport_get(reader, &get, &held, NULL), RK_OK);
+    kill(child, SIGSTOP);
+    int stopped = 0;
+    assert_int_equal(waitpid(child, &stopped, WUNTRACED), child); /* It takes effect later. */
+    assert_true(WIFSTOPPED(stopped));
+    for (int i = 0; i < 3; i++) {
+        get.deadline_ns = rk_deadline_in_ms(30);
+        assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_MISS_DEADLINE);
+    }
+    struct rk_transport_endpoint endpoint = {
+        .grpc_address = "", .host_id = "", .shm_socket = arena->socket};
+    struct rk_transport *second = NULL;
+    assert_int_equal(rk_transport_connect(&endpoint, RK_PATH_SHM, 30, &second, NULL),
+                     RK_ERR_UNAVAILABLE);
+    kill(child, SIGCONT);
+    /* Late replies are passed over and their pins given back: else the second get would find
+     * all five pins taken. */
+    get.deadline_ns = rk_deadline_in_ms(WAIT_MS);
+    for (int i = 0; i < 4; i++) {
+        assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_OK);
+        assert_memory_equal(pages.pages[4].data, arena->bytes + 2 * PAGE_BYTES, PAGE_BYTES);
+        rk_transport_release(reader, &pages);
+    }
+    kill(child, SIGKILL);
+    assert_int_equal(waitpid(child, NULL, 0), child);
+    assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_ERR_UNAVAILABLE);
+    /* What is held stays readable: the mapping outlives the store. */
+    assert_true(rk_page_verify(&held.pages[0], PAGE_BYTES));
+    rk_transport_release(reader, &held);
+    rk_transport_destroy(reader);
+    /* A socket nobody listens on is replaced. */
+    server_start(arena, 4, 8);
+}
+
+static void the_socket_is_private_and_single(void **state)
+{
+    struct arena *arena = *state;
+    struct stat info;
+    struct rk_shm_server *second = NULL;
+    struct rk_error error = {0};
+    assert_int_equal(lstat(arena->socket, &info), 0);
+    assert_int_equal(info.st_mode & 0777, 0600);
+    struct rk_shm_server_options options = {.socket_path = arena->socket,
+                                            .arena_fd = arena->fd,
+                                            .arena_bytes = NUM_PAGES * PAGE_BYTES,
+                                            .ops = &arena_ops,
+                                            .context = arena};
+    assert_int_equal(rk_shm_server_start(&options, &second, &error), RK_ERR_EXISTS);
+    char path[200];
+    memset(path, 'x', sizeof(path));
+    path[sizeof(path) - 1] = '\0';
+    options.socket_path = path;
+    assert_int_equal(rk_shm_server_start(&options, &second, &error), RK_ERR_INVALID);
+    assert_null(second);
+}
+
+static void start_survives_each_failed_allocation(void **state)
+{
+    struct arena *arena = *state;
+    enum rk_status status = RK_ERR_NO_MEMORY;
+    int failures = 0;
+    for (; status != RK_OK; failures++) {
+        struct rk_shm_server_options options = {.socket_path = arena->socket,
+                                                .arena_fd = arena->fd,
+                                                .arena_bytes = NUM_PAGES * PAGE_BYTES,
+                                                .ops = &arena_ops,
+                                                .context = arena};
+        rk_alloc_fail_after(failures);
+        status = rk_shm_server_start(&options, &arena->server, NULL);
+        assert_true(status == RK_OK || status == RK_ERR_NO_MEMORY);
+    }
+    rk_alloc_fail_after(-1);
+    assert_true(failures > 5);
+}
+
+int main(void)
+{
+#define SERVED(test) cmocka_unit_test_setup_teardown(test, set_up, tear_down)
+#define ALONE(test)  cmocka_unit_test_setup_teardown(test, set_up_arena, tear_down)
+    const struct CMUnitTest tests[] = {
+        SERVED(bytes_are_those_of_the_store),
+        SERVED(misses_and_errors_carry_their_reason),
+        SERVED(the_mapping_is_read_only),
+        SERVED(a_killed_reader_lets_go),
+        SERVED(pins_and_connections_are_bounded),
+        SERVED(rubbish_drops_only_its_sender),
+        SERVED(a_flood_is_ended),
+        SERVED(random_bytes_never_crash),
+        SERVED(the_socket_is_private_and_single),
+        ALONE(a_stopped_store_is_a_miss_in_time),
+        ALONE(start_survives_each_failed_allocation),
+    };
+    rk_log_init("test", RK_LOG_LEVEL_ERROR);
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
