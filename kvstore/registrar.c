@@ -1,0 +1,409 @@
+/*
+ * Keeps the coordinator informed: who we are, that we live, what we hold.
+ *
+ * One thread. It is unregistered (tries with back-off) or registered (beats as
+ * it was told). A coordinator that restarted has another epoch or does not know
+ * us; then, and when our list of removals overflowed, everything is announced
+ * again. Removals stay in `pending` until a heartbeat with them was answered.
+ */
+#include "kvstore/service_internal.h"
+
+#include "common/base/alloc.h"
+#include "common/base/clock.h"
+#include "common/base/log.h"
+#include "kvstore/message_internal.h"
+#include "redknot/v1/coordinator.pb-c.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define CALL_TIMEOUT_MS     2000
+#define ANNOUNCE_TIMEOUT_MS 60000
+#define RETRY_MIN_MS        50
+#define RETRY_MAX_MS        500
+#define HEARTBEAT_MIN_MS    20
+#define HEARTBEAT_MAX_MS    60000
+#define PENDING_MAX         1024
+#define ENTRIES_MAX         256          /* of one announcement message */
+#define TOKENS_MAX          (256u << 10) /* of one announcement message, or one entry */
+
+struct registrar {
+    struct registrar_options options;
+    struct rk_rpc_channel *channel;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+    bool locks_made;
+    bool stopping;
+    bool running;
+    pthread_t thread;
+    /* The thread's own. */
+    uint64_t epoch;
+    int heartbeat_ms;
+    int reachable; /* as last logged: -1 nothing yet, 0, 1 */
+    unsigned random_state;
+    struct kvstore_name pending[PENDING_MAX];
+    size_t num_pending;
+};
+
+/* ---- Register ---- */
+
+static enum rk_status register_node(struct registrar *registrar, struct rk_error *error)
+{
+    const struct registrar_options *options = &registrar->options;
+    struct kvstore_stats stats;
+    struct ProtobufCMessage *message = NULL;
+    Redknot__V1__NodeInfo node = REDKNOT__V1__NODE_INFO__INIT;
+    Redknot__V1__RegisterRequest request = REDKNOT__V1__REGISTER_REQUEST__INIT;
+    kvstore_stats_get(options->store, &stats);
+    node.node_id = (char *)options->node_id;
+    node.role = REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE;
+    node.incarnation = options->incarnation;
+    node.grpc_address = (char *)options->grpc_address;
+    node.host_id = (char *)rk_host_id();
+    node.shm_socket = (char *)options->shm_socket;
+    node.capacity_bytes = stats.capacity_bytes;
+    node.used_bytes = stats.used_bytes;
+    node.version = (char *)REDKNOT_VERSION;
+    node.metrics_address = (char *)options->metrics_address;
+    request.node = &node;
+    enum rk_status status =
+        rk_rpc_unary(registrar->channel, "/redknot.v1.Coordinator/RegisterNode", &request.base,
+                     &redknot__v1__register_reply__descriptor, CALL_TIMEOUT_MS, &message, error);
+    if (status != RK_OK) {
+        return status;
+    }
+    const Redknot__V1__RegisterReply *reply = (const Redknot__V1__RegisterReply *)message;
+    uint32_t beat_ms = reply->heartbeat_ms;
+    registrar->epoch = reply->epoch;
+    registrar->heartbeat_ms = beat_ms < HEARTBEAT_MIN_MS   ? HEARTBEAT_MIN_MS
+                              : beat_ms > HEARTBEAT_MAX_MS ? HEARTBEAT_MAX_MS
+                                                           : (int)beat_ms;
+    rk_rpc_message_free(message);
+    return RK_OK;
+}
+
+/* ---- Announce ---- */
+
+/* One message's entries, each with the header it borrows from. */
+struct batch {
+    struct kvstore_header *headers[ENTRIES_MAX];
+    struct shard_message shards[ENTRIES_MAX];
+    Redknot__V1__AnnounceRequest__Entry entries[ENTRIES_MAX];
+    Redknot__V1__AnnounceRequest__Entry *pointers[ENTRIES_MAX];
+    size_t count;
+    size_t tokens;
+};
+
+static void batch_add(struct batch *batch, struct kvstore_header *header, const char *node_id)
+{
+    size_t at = batch->count++;
+    Redknot__V1__AnnounceRequest__Entry *entry = &batch->entries[at];
+    batch->headers[at] = header;
+    shard_message_fill(&batch->shards[at], header, node_id);
+    redknot__v1__announce_request__entry__init(entry);
+    entry->shard = &batch->shards[at].shard;
+    entry->n_token_ids = header->num_token_ids;
+    entry->token_ids = (uint32_t *)header->token_ids;
+    entry->label = (char *)header->label;
+    batch->pointers[at] = entry;
+    batch->tokens += header->num_token_ids;
+}
+
+static void batch_clear(struct batch *batch)
+{
+    for (size_t i = 0; i < batch->count; i++) {
+        rk_free(batch->headers[i]);
+    }
+    batch->count = 0;
+    batch->tokens = 0;
+}
+
+/* Also without entries: the message names the node. */
+static enum rk_status batch_send(struct registrar *registrar, struct rk_rpc_stream *stream,
+                                 struct batch *batch)
+{
+    Redknot__V1__AnnounceRequest request = REDKNOT__V1__ANNOUNCE_REQUEST__INIT;
+    request.node_id = (char *)registrar->options.node_id;
+    request.incarnation = registrar->options.incarnation;
+    request.n_entries = batch->count;
+    request.entries = batch->pointers;
+    enum rk_status status = rk_rpc_stream_send(stream, &request.base);
+    batch_clear(batch);
+    return status;
+}
+
+static enum rk_status announce_shards(struct registrar *registrar, struct rk_rpc_stream *stream,
+                                      struct batch *batch)
+{
+    struct kvstore *store = registrar->options.store;
+    struct kvstore_name *names = NULL;
+    size_t num_names = 0;
+    enum rk_status status = kvstore_list(store, &names, &num_names);
+    for (size_t i = 0; i < num_names && status == RK_OK; i++) {
+        struct kvstore_header *header = NULL;
+        enum rk_status found = kvstore_describe(store, &names[i], &header);
+        if (found == RK_ERR_NOT_FOUND) {
+            continue; /* Gone meanwhile; the next heartbeat says so. */
+        }
+        if (found != RK_OK) {
+            status = found;
+            break;
+        }
+        if (batch->count > 0 && batch->tokens + header->num_token_ids > TOKENS_MAX) {
+            status = batch_send(registrar, stream, batch);
+        }
+        batch_add(batch, header, registrar->options.node_id);
+        if (batch->count == ENTRIES_MAX && status == RK_OK) {
+            status = batch_send(registrar, stream, batch);
+        }
+    }
+    if (status == RK_OK) {
+        status = batch_send(registrar, stream, batch);
+    }
+    rk_free(names);
+    return status;
+}
+
+static void drop_unwanted(struct registrar *registrar, const Redknot__V1__AnnounceReply *reply)
+{
+    size_t dropped = 0;
+    for (size_t i = 0; i < reply->n_drop; i++) {
+        const Redknot__V1__Shard *shard = reply->drop[i];
+        struct kvstore_name name = {.generation = shard->generation,
+                                    .shard_index = shard->shard_index};
+        /* Generation 0 would mean "any", which a list of our own names cannot mean. */
+        if (shard->segment_id.len == RK_ID_BYTES && shard->generation != 0) {
+            memcpy(name.segment_id.bytes, shard->segment_id.data, RK_ID_BYTES);
+            dropped += kvstore_drop(registrar->options.store, &name) == RK_OK;
+        }
+    }
+    RK_LOG_INFO("announced", "accepted=%u dropped=%zu", reply->accepted, dropped);
+}
+
+static enum rk_status announce(struct registrar *registrar, struct rk_error *error)
+{
+    struct rk_rpc_stream *stream = NULL;
+    struct ProtobufCMessage *message = NULL;
+    struct batch *batch = rk_alloc_zero(1, sizeof(*batch));
+    if (!batch) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory to announce");
+    }
+    enum rk_status status =
+        rk_rpc_stream_open(registrar->channel, "/redknot.v1.Coordinator/Announce",
+                           ANNOUNCE_TIMEOUT_MS, &stream, error);
+    if (status == RK_OK) {
+        status = announce_shards(registrar, stream, batch);
+    }
+    if (status == RK_OK) {
+        status = rk_rpc_stream_send_done(stream);
+    }
+    if (status == RK_OK) {
+        status = rk_rpc_stream_recv(stream, &redknot__v1__announce_reply__descriptor, &message);
+    }
+    if (stream) {
+        enum rk_status finished = rk_rpc_stream_finish(stream, error);
+        status = finished != RK_OK ? finished : status;
+    }
+    if (status == RK_OK) {
+        drop_unwanted(registrar, (const Redknot__V1__AnnounceReply *)message);
+    }
+    rk_rpc_message_free(message);
+    rk_rpc_stream_destroy(stream);
+    batch_clear(batch);
+    rk_free(batch);
+    return status;
+}
+
+/* ---- Heartbeat ---- */
+
+static enum rk_status heartbeat_call(struct registrar *registrar, bool *ret_register_again,
+                                     struct rk_error *error)
+{
+    size_t count = registrar->num_pending;
+    struct kvstore_stats stats;
+    struct ProtobufCMessage *message = NULL;
+    Redknot__V1__HeartbeatRequest request = REDKNOT__V1__HEARTBEAT_REQUEST__INIT;
+    Redknot__V1__Shard *removed = rk_alloc_zero(count, sizeof(*removed));
+    Redknot__V1__Shard **pointers = rk_alloc_zero(count, sizeof(*pointers));
+    enum rk_status status = RK_ERR_NO_MEMORY;
+    if (removed && pointers) {
+        for (size_t i = 0; i < count; i++) {
+            redknot__v1__shard__init(&removed[i]);
+            removed[i].segment_id.data = registrar->pending[i].segment_id.bytes;
+            removed[i].segment_id.len = RK_ID_BYTES;
+            removed[i].generation = registrar->pending[i].generation;
+            removed[i].shard_index = registrar->pending[i].shard_index;
+            removed[i].node_id = (char *)registrar->options.node_id;
+            pointers[i] = &removed[i];
+        }
+        kvstore_stats_get(registrar->options.store, &stats);
+        request.node_id = (char *)registrar->options.node_id;
+        request.incarnation = registrar->options.incarnation;
+        request.used_bytes = stats.used_bytes;
+        request.n_removed = count;
+        request.removed = pointers;
+        status = rk_rpc_unary(registrar->channel, "/redknot.v1.Coordinator/Heartbeat",
+                              &request.base, &redknot__v1__heartbeat_reply__descriptor,
+                              CALL_TIMEOUT_MS, &message, error);
+    }
+    if (status == RK_OK) {
+        const Redknot__V1__HeartbeatReply *reply = (const Redknot__V1__HeartbeatReply *)message;
+        *ret_register_again = reply->register_again || reply->epoch != registrar->epoch;
+        registrar->num_pending = 0;
+    }
+    rk_rpc_message_free(message);
+    rk_free(removed);
+    rk_free(pointers);
+    return status;
+}
+
+/* *ret_again: register and announce. */
+static enum rk_status heartbeat(struct registrar *registrar, bool *ret_again,
+                                struct rk_error *error)
+{
+    bool lost = false;
+    bool register_again = false;
+    registrar->num_pending +=
+        kvstore_removed_take(registrar->options.store, registrar->pending + registrar->num_pending,
+                             PENDING_MAX - registrar->num_pending, &lost);
+    if (lost) {
+        /* The list has a gap: only the whole inventory is the truth. */
+        *ret_again = true;
+        return RK_OK;
+    }
+    enum rk_status status = heartbeat_call(registrar, &register_again, error);
+    *ret_again = status == RK_OK && register_again;
+    return status;
+}
+
+/* ---- The thread ---- */
+
+/* False: stop. */
+static bool wait_ms(struct registrar *registrar, int ms)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += ms / 1000;
+    until.tv_nsec += (ms % 1000) * 1000000L;
+    until.tv_sec += until.tv_nsec / 1000000000L;
+    until.tv_nsec %= 1000000000L;
+    int rc = 0;
+    pthread_mutex_lock(&registrar->mutex);
+    while (!registrar->stopping && rc == 0) {
+        rc = pthread_cond_timedwait(&registrar->wake, &registrar->mutex, &until);
+    }
+    bool stopping = registrar->stopping;
+    pthread_mutex_unlock(&registrar->mutex);
+    return !stopping;
+}
+
+/* Between half and all of the step, so that a cluster's stores do not call in unison. */
+static int backoff_ms(struct registrar *registrar, int failures)
+{
+    int step_ms = RETRY_MAX_MS;
+    if (failures < 4) {
+        step_ms = RETRY_MIN_MS << failures;
+    }
+    return step_ms / 2 + rand_r(&registrar->random_state) % (step_ms / 2 + 1);
+}
+
+/* One line when the coordinator is lost, one when it is back. */
+static void log_change(struct registrar *registrar, enum rk_status status,
+                       const struct rk_error *error)
+{
+    const char *address = registrar->options.coordinator;
+    if (status == RK_OK && registrar->reachable != 1) {
+        RK_LOG_INFO("registered", "coordinator=%s heartbeat_ms=%d", address,
+                    registrar->heartbeat_ms);
+    } else if (status != RK_OK && registrar->reachable != 0) {
+        RK_LOG_WARN("coordinator_unreachable", "coordinator=%s status=%s reason=%q", address,
+                    rk_status_name(status), error->text);
+    }
+    registrar->reachable = status == RK_OK;
+}
+
+static void *registrar_thread(void *context)
+{
+    struct registrar *registrar = context;
+    bool registered = false;
+    int failures = 0;
+    int delay_ms = 0;
+    while (wait_ms(registrar, delay_ms)) {
+        struct rk_error error = {0};
+        bool again = false;
+        enum rk_status status = RK_OK;
+        if (registered) {
+            status = heartbeat(registrar, &again, &error);
+        } else {
+            status = register_node(registrar, &error);
+            if (status == RK_OK) {
+                status = announce(registrar, &error);
+            }
+        }
+        log_change(registrar, status, &error);
+        registered = registered ? !again : status == RK_OK;
+        failures = status == RK_OK ? 0 : failures + 1;
+        if (status != RK_OK) {
+            delay_ms = backoff_ms(registrar, failures - 1);
+        } else {
+            delay_ms = registered ? registrar->heartbeat_ms : 0;
+        }
+    }
+    return NULL;
+}
+
+enum rk_status registrar_start(const struct registrar_options *options,
+                               struct registrar **ret_registrar, struct rk_error *error)
+{
+    struct registrar *registrar = rk_alloc_zero(1, sizeof(*registrar));
+    if (!registrar) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for the registrar");
+    }
+    registrar->options = *options;
+    registrar->reachable = -1;
+    registrar->random_state = (unsigned)options->incarnation;
+    enum rk_status status = rk_rpc_channel_create(options->coordinator, &registrar->channel, error);
+    if (status != RK_OK) {
+        goto fail;
+    }
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_mutex_init(&registrar->mutex, NULL);
+    pthread_cond_init(&registrar->wake, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    registrar->locks_made = true;
+    if (pthread_create(&registrar->thread, NULL, registrar_thread, registrar) != 0) {
+        status = rk_error_set(error, RK_ERR_NO_MEMORY, "cannot start the registrar");
+        goto fail;
+    }
+    registrar->running = true;
+    *ret_registrar = registrar;
+    return RK_OK;
+
+fail:
+    registrar_stop(registrar);
+    return status;
+}
+
+void registrar_stop(struct registrar *registrar)
+{
+    if (!registrar) {
+        return;
+    }
+    if (registrar->running) {
+        pthread_mutex_lock(&registrar->mutex);
+        registrar->stopping = true;
+        pthread_cond_signal(&registrar->wake);
+        pthread_mutex_unlock(&registrar->mutex);
+        pthread_join(registrar->thread, NULL);
+    }
+    if (registrar->locks_made) {
+        pthread_cond_destroy(&registrar->wake);
+        pthread_mutex_destroy(&registrar->mutex);
+    }
+    rk_rpc_channel_destroy(registrar->channel);
+    rk_free(registrar);
+}
