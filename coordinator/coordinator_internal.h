@@ -1,0 +1,156 @@
+/*
+ * What the files of the coordinator share.
+ *
+ * Locks, in this order:
+ *   write_lock  orders changes of the metadata database with those of the index;
+ *               held during disk writes, never during a call to a store node.
+ *   index_lock  guards index, placed and the counters; held for memory only.
+ */
+#ifndef RK_COORDINATOR_INTERNAL_H
+#define RK_COORDINATOR_INTERNAL_H
+
+#include "common/metrics/metrics.h"
+#include "common/rpc/rpc.h"
+#include "coordinator/arena.h"
+#include "coordinator/coordinator.h"
+#include "coordinator/index.h"
+#include "coordinator/metadata.h"
+#include "coordinator/peers.h"
+#include "coordinator/placed.h"
+
+#include <pthread.h>
+
+#define COORDINATOR_IDS_MAX          4096u /* in one Locate or Drop */
+#define COORDINATOR_REPLY_TOKENS_MAX (8u << 20)
+
+struct coordinator_metrics {
+    struct rk_metric *hits;
+    struct rk_metric *misses[RK_STATUS_COUNT]; /* only of misses */
+    struct rk_metric *places;
+    struct rk_metric *commits;
+    struct rk_metric *aborts;
+    struct rk_metric *expired;
+    struct rk_metric *segments;
+    struct rk_metric *placed;
+    struct rk_metric *kv_bytes;
+    struct rk_metric *metadata_bytes;
+    struct rk_metric *metadata_per_gb;
+    struct rk_metric *nodes[2][2]; /* [worker][alive] */
+};
+
+struct coordinator {
+    struct coordinator_options options;
+    uint64_t epoch;
+    int64_t started_ns;
+
+    pthread_mutex_t write_lock;
+    const struct metadata_ops *ops;
+    struct metadata *metadata;
+    uint64_t generation_next;  /* under write_lock */
+    uint64_t generation_limit; /* end of the block that is reserved on disk */
+
+    pthread_mutex_t index_lock;
+    struct index *index;
+    struct placed_table placed;
+
+    struct peers *peers;
+    struct rk_rpc_server *server;
+    bool serving;
+
+    pthread_t sweeper;
+    bool sweeping;
+    bool behind;   /* the sweeper's: the database refused a write */
+    bool stopping; /* under sweep_lock */
+    pthread_mutex_t sweep_lock;
+    pthread_cond_t sweep_wake;
+
+    struct coordinator_metrics metrics;
+};
+
+/* ---- coordinator_store.c: the database and the index kept in step ---- */
+
+RK_MUST_CHECK enum rk_status coordinator_load(struct coordinator *coordinator,
+                                              struct rk_error *error);
+/* Writes what the index journalled. Under write_lock, without index_lock. */
+RK_MUST_CHECK enum rk_status coordinator_flush(struct coordinator *coordinator, bool synced,
+                                               struct rk_error *error);
+RK_MUST_CHECK enum rk_status coordinator_next_generation(struct coordinator *coordinator,
+                                                         uint64_t *ret_generation,
+                                                         struct rk_error *error);
+/* No generation up to this one is handed out again. Under write_lock. */
+RK_MUST_CHECK enum rk_status coordinator_skip_generation(struct coordinator *coordinator,
+                                                         uint64_t generation,
+                                                         struct rk_error *error);
+RK_MUST_CHECK enum rk_status coordinator_save_node(struct coordinator *coordinator,
+                                                   const Redknot__V1__NodeInfo *info,
+                                                   struct rk_error *error);
+RK_MUST_CHECK enum rk_status coordinator_save_tokens(struct coordinator *coordinator,
+                                                     const struct rk_id *id,
+                                                     const uint32_t *token_ids, size_t num_tokens,
+                                                     struct rk_error *error);
+/* The segment's record and tokens in one synced batch. */
+RK_MUST_CHECK enum rk_status coordinator_save_commit(struct coordinator *coordinator,
+                                                     const struct segment_spec *spec,
+                                                     const uint32_t *token_ids,
+                                                     struct rk_error *error);
+/* From the arena; RK_ERR_NOT_FOUND when none are kept. Without locks. */
+RK_MUST_CHECK enum rk_status coordinator_read_tokens(struct coordinator *coordinator,
+                                                     struct arena *arena, const struct rk_id *id,
+                                                     uint32_t **ret_token_ids, size_t *ret_count,
+                                                     struct rk_error *error);
+
+/* ---- coordinator_handlers.c and its neighbours ---- */
+
+/* Fills *ret_reply from the arena. */
+typedef enum rk_status (*coordinator_method)(struct coordinator *coordinator, struct arena *arena,
+                                             const ProtobufCMessage *request,
+                                             ProtobufCMessage **ret_reply, struct rk_error *error);
+
+RK_MUST_CHECK enum rk_status coordinator_add_service(struct coordinator *coordinator);
+
+enum rk_status coordinator_register(struct coordinator *coordinator, struct arena *arena,
+                                    const ProtobufCMessage *request, ProtobufCMessage **ret_reply,
+                                    struct rk_error *error);
+enum rk_status coordinator_heartbeat(struct coordinator *coordinator, struct arena *arena,
+                                     const ProtobufCMessage *request, ProtobufCMessage **ret_reply,
+                                     struct rk_error *error);
+enum rk_status coordinator_announce(struct rk_rpc_call *call, struct coordinator *coordinator,
+                                    struct rk_error *error);
+enum rk_status coordinator_place(struct coordinator *coordinator, struct arena *arena,
+                                 const ProtobufCMessage *request, ProtobufCMessage **ret_reply,
+                                 struct rk_error *error);
+enum rk_status coordinator_commit(struct coordinator *coordinator, struct arena *arena,
+                                  const ProtobufCMessage *request, ProtobufCMessage **ret_reply,
+                                  struct rk_error *error);
+enum rk_status coordinator_abort(struct coordinator *coordinator, struct arena *arena,
+                                 const ProtobufCMessage *request, ProtobufCMessage **ret_reply,
+                                 struct rk_error *error);
+enum rk_status coordinator_locate(struct coordinator *coordinator, struct arena *arena,
+                                  const ProtobufCMessage *request, ProtobufCMessage **ret_reply,
+                                  struct rk_error *error);
+enum rk_status coordinator_drop(struct coordinator *coordinator, struct arena *arena,
+                                const ProtobufCMessage *request, ProtobufCMessage **ret_reply,
+                                struct rk_error *error);
+enum rk_status coordinator_status(struct coordinator *coordinator, struct arena *arena,
+                                  const ProtobufCMessage *request, ProtobufCMessage **ret_reply,
+                                  struct rk_error *error);
+
+/* Tells store nodes to give shards up; best effort, within timeout_ms in all. No locks held. */
+void coordinator_send_drops(struct coordinator *coordinator, const struct index_drops *drops,
+                            int timeout_ms);
+/* One best-effort call; a failure is only logged. No locks held. */
+void coordinator_tell_store(struct coordinator *coordinator, enum peers_verb verb,
+                            const char *address, const struct rk_id *id, uint64_t generation,
+                            uint32_t shard_index, int64_t deadline_ns);
+/* AbortShard and, for the first num_tried that may have committed, DropShard. No locks held. */
+void coordinator_undo_placed(struct coordinator *coordinator, const struct placed *placed,
+                             uint32_t num_tried);
+/* A message of a shard of a segment, from the arena. Under index_lock. */
+Redknot__V1__Shard *coordinator_shard_message(struct arena *arena,
+                                              const struct index_segment *segment,
+                                              uint32_t shard_index);
+/* One endpoint per node, from the arena. Under index_lock. */
+Redknot__V1__StoreEndpoint *coordinator_endpoint_message(struct arena *arena,
+                                                         const struct index_node *node);
+
+#endif

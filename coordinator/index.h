@@ -1,0 +1,194 @@
+/*
+ * index: what the coordinator believes, in memory.
+ *
+ * Nodes by id; segments by id, each with one location per shard; tombstones of
+ * segments that were dropped. It does no I/O: each change of what must outlive
+ * the process leaves a line in the journal, which the owner writes to the
+ * metadata database by looking the id up again.
+ *
+ * A segment has KV when all its shards are present. One without stays known
+ * (tokens, label) until room is needed; those are dropped first, longest unused
+ * first.
+ *
+ * Threads: none of its own; the coordinator's index lock guards every call.
+ * Structs are open for reading by the handlers, under that lock.
+ */
+#ifndef RK_COORDINATOR_INDEX_H
+#define RK_COORDINATOR_INDEX_H
+
+#include "common/base/id.h"
+#include "common/base/kv_layout.h"
+#include "common/base/status.h"
+#include "coordinator/table_internal.h"
+#include "redknot/v1/coordinator.pb-c.h"
+
+#define INDEX_NODES_MAX      4096u
+#define INDEX_TOMBSTONES_MAX 65536u
+
+enum location_state {
+    LOCATION_UNKNOWN, /* nobody said that this shard exists */
+    LOCATION_PRESENT,
+    LOCATION_EVICTED,
+    LOCATION_LOST, /* its node restarted */
+};
+
+struct index_node {
+    char *node_id;
+    Redknot__V1__NodeInfo *info; /* own copy */
+    int64_t heard_ns;            /* last sign of life; 0: none since this process began */
+    bool registered;             /* since this process began */
+    bool was_alive;              /* for the log: changes are told once */
+    uint64_t visit;              /* scratch of whoever walks over nodes */
+    uint64_t num_locations;
+    struct index_location *locations; /* present ones */
+    UT_hash_handle hh;
+};
+
+struct index_location {
+    struct index_segment *segment;
+    struct index_node *node; /* NULL unless present */
+    struct index_location *prev;
+    struct index_location *next;
+    uint64_t incarnation;
+    uint64_t changed; /* the index's change counter when it last changed */
+    struct rk_head_range heads;
+    enum location_state state;
+};
+
+struct index_segment {
+    struct rk_id id;
+    struct rk_id fingerprint;
+    struct rk_kv_layout layout;
+    uint64_t generation;
+    uint32_t num_tokens;
+    uint32_t num_shards;
+    char *label;
+    bool has_tokens;
+    bool has_kv;
+    bool journalled;
+    struct index_segment *prev; /* in its list of use */
+    struct index_segment *next;
+    UT_hash_handle hh;
+    struct index_location locations[]; /* [shard_index] */
+};
+
+/* A segment as it comes from a commit or from the database. Strings are borrowed. */
+struct segment_location_spec {
+    const char *node_id;
+    uint64_t incarnation;
+    struct rk_head_range heads;
+    enum location_state state;
+};
+
+struct segment_spec {
+    struct rk_id id;
+    struct rk_id fingerprint;
+    struct rk_kv_layout layout;
+    uint64_t generation;
+    uint32_t num_tokens;
+    uint32_t num_shards;
+    const char *label;
+    bool has_tokens;
+    const struct segment_location_spec *locations; /* [num_shards] */
+};
+
+/* A shard that a store should give up. */
+struct index_drop {
+    struct rk_id id;
+    uint64_t generation;
+    uint32_t shard_index;
+    char *address; /* NULL when the node is down */
+};
+
+struct index_drops {
+    struct index_drop *items;
+    size_t count;
+    size_t capacity;
+};
+
+struct index_journal_entry {
+    char kind; /* 's': segment, 'd': tombstone */
+    struct rk_id id;
+};
+
+/* One announced shard; adopted is set when it made or completed a segment. */
+struct index_announced {
+    const Redknot__V1__AnnounceRequest__Entry *entry;
+    struct rk_id id;
+    struct rk_id fingerprint;
+    struct rk_kv_layout layout;
+    struct rk_head_range heads;
+    bool adopted;
+    bool unwanted;
+};
+
+struct index;
+
+RK_MUST_CHECK enum rk_status index_create(uint32_t segments_max, int64_t timeout_ns,
+                                          struct index **ret_index);
+void index_destroy(struct index *index); /* accepts NULL */
+
+/* ---- Nodes ---- */
+
+/* A new incarnation loses what the old one held. RK_ERR_FULL over INDEX_NODES_MAX. */
+RK_MUST_CHECK enum rk_status index_node_register(struct index *index,
+                                                 const Redknot__V1__NodeInfo *info, int64_t now_ns,
+                                                 struct index_node **ret_node);
+/* As known from an earlier run: down until it is heard of. */
+RK_MUST_CHECK enum rk_status index_node_load(struct index *index,
+                                             const Redknot__V1__NodeInfo *info);
+struct index_node *index_node_find(struct index *index, const char *node_id);
+bool index_node_alive(const struct index *index, const struct index_node *node, int64_t now_ns);
+struct index_node *index_nodes(struct index *index); /* first; walk with hh.next */
+uint64_t index_next_visit(struct index *index);      /* a value that no node's visit has */
+
+/* ---- Segments ---- */
+
+struct index_segment *index_segment_find(struct index *index, const struct rk_id *id);
+/* Makes or replaces a segment; journals nothing for it, the caller has written it. What it
+ * supersedes goes to drops. Unknown nodes make lost locations. */
+RK_MUST_CHECK enum rk_status index_segment_put(struct index *index, const struct segment_spec *spec,
+                                               int64_t now_ns, struct index_drops *drops);
+/* Forgets it and keeps a tombstone. */
+RK_MUST_CHECK enum rk_status index_segment_drop(struct index *index, struct index_segment *segment,
+                                                int64_t now_ns, struct index_drops *drops);
+/* The store says that it gave this shard up. Others' and older ones are ignored. */
+void index_shard_removed(struct index *index, struct index_node *node, const struct rk_id *id,
+                         uint64_t generation, uint32_t shard_index);
+/* RK_OK: all shards are on live nodes. Else a miss. fingerprint NULL: any. */
+enum rk_status index_segment_state(const struct index *index, const struct index_segment *segment,
+                                   const struct rk_id *fingerprint, int64_t now_ns);
+void index_segment_touch(struct index *index, struct index_segment *segment);
+uint64_t index_segment_bytes(const struct index_segment *segment); /* of KV */
+struct index_segment *index_segments(struct index *index);         /* first; walk with hh.next */
+uint64_t index_num_segments(const struct index *index);
+uint64_t index_kv_bytes(const struct index *index); /* of segments that have KV */
+
+/* ---- Announce ---- */
+
+/* Take it before the first message; changes after it win over the announced state. */
+uint64_t index_changes(const struct index *index);
+/* Replaces the belief about node by what it announced. Fills adopted and unwanted. */
+RK_MUST_CHECK enum rk_status index_announce(struct index *index, struct index_node *node,
+                                            struct index_announced *announced, size_t count,
+                                            uint64_t since, int64_t now_ns,
+                                            struct index_drops *drops);
+
+/* ---- Tombstones ---- */
+
+RK_MUST_CHECK enum rk_status index_tombstone_put(struct index *index, const struct rk_id *id,
+                                                 uint64_t generation);
+/* 0: none. */
+uint64_t index_tombstone_generation(struct index *index, const struct rk_id *id);
+
+/* ---- Journal ---- */
+
+/* Moves up to count entries, in no order: each is looked up again. Clears their marks. */
+size_t index_journal_take(struct index *index, struct index_journal_entry *ret_entries,
+                          size_t count);
+void index_journal_add(struct index *index, char kind, const struct rk_id *id);
+void index_journal_clear(struct index *index); /* after loading */
+
+void index_drops_free(struct index_drops *drops);
+
+#endif

@@ -1,0 +1,37 @@
+/* What index.c and index_segment.c share. */
+#ifndef RK_COORDINATOR_INDEX_INTERNAL_H
+#define RK_COORDINATOR_INDEX_INTERNAL_H
+
+#include "coordinator/index.h"
+
+struct index_tombstone {
+    struct rk_id id;
+    uint64_t generation;
+    UT_hash_handle hh; /* its order is the order of arrival */
+};
+
+struct index {
+    struct index_node *nodes;
+    struct index_segment *segments;
+    struct index_segment *with_kv;    /* longest unused first */
+    struct index_segment *without_kv; /* likewise */
+    struct index_tombstone *tombstones;
+    struct index_journal_entry *journal;
+    size_t journal_count;
+    size_t journal_capacity;
+    uint64_t changes;
+    uint64_t visits;
+    uint64_t kv_bytes;
+    uint32_t segments_max;
+    int64_t timeout_ns;
+};
+
+void index_location_clear(struct index *index, struct index_location *location,
+                          enum location_state state);
+void index_segment_settle(struct index *index, struct index_segment *segment);
+enum rk_status index_drop_add(const struct index *index, struct index_drops *drops,
+                              const struct rk_id *id, uint64_t generation, uint32_t shard_index,
+                              const struct index_node *node, int64_t now_ns);
+void index_segment_free(struct index *index, struct index_segment *segment);
+
+#endif

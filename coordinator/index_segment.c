@@ -1,0 +1,415 @@
+#include "common/base/alloc.h"
+#include "coordinator/index_internal.h"
+
+#include <string.h>
+
+uint64_t index_changes(const struct index *index)
+{
+    return index->changes;
+}
+
+struct index_segment *index_segments(struct index *index)
+{
+    return index->segments;
+}
+
+uint64_t index_num_segments(const struct index *index)
+{
+    return HASH_COUNT(index->segments);
+}
+
+uint64_t index_kv_bytes(const struct index *index)
+{
+    return index->kv_bytes;
+}
+
+uint64_t index_segment_bytes(const struct index_segment *segment)
+{
+    return rk_kv_pages_total(&segment->layout, segment->num_tokens) *
+           rk_kv_page_bytes(&segment->layout);
+}
+
+struct index_segment *index_segment_find(struct index *index, const struct rk_id *id)
+{
+    struct index_segment *segment = NULL;
+
+    HASH_FIND(hh, index->segments, id, sizeof(*id), segment);
+    return segment;
+}
+
+/* ---- Locations and lists of use ---- */
+
+void index_location_clear(struct index *index, struct index_location *location,
+                          enum location_state state)
+{
+    RK_ASSERT(state != LOCATION_PRESENT);
+    if (location->node != NULL) {
+        DL_DELETE(location->node->locations, location);
+        location->node->num_locations--;
+        location->node = NULL;
+    }
+    location->state = state;
+    location->changed = ++index->changes;
+}
+
+static void location_set(struct index *index, struct index_location *location,
+                         struct index_node *node)
+{
+    index_location_clear(index, location, LOCATION_UNKNOWN);
+    DL_APPEND(node->locations, location);
+    node->num_locations++;
+    location->node = node;
+    location->incarnation = node->info->incarnation;
+    location->state = LOCATION_PRESENT;
+}
+
+static struct index_segment **list_of(struct index *index, const struct index_segment *segment)
+{
+    return segment->has_kv ? &index->with_kv : &index->without_kv;
+}
+
+static void list_add(struct index *index, struct index_segment *segment)
+{
+    struct index_segment **list = list_of(index, segment);
+
+    DL_APPEND(*list, segment);
+    index->kv_bytes += segment->has_kv ? index_segment_bytes(segment) : 0;
+}
+
+static void list_remove(struct index *index, struct index_segment *segment)
+{
+    struct index_segment **list = list_of(index, segment);
+
+    DL_DELETE(*list, segment);
+    index->kv_bytes -= segment->has_kv ? index_segment_bytes(segment) : 0;
+}
+
+void index_segment_touch(struct index *index, struct index_segment *segment)
+{
+    list_remove(index, segment);
+    list_add(index, segment);
+}
+
+/* Moves the segment to the list where it now belongs. */
+void index_segment_settle(struct index *index, struct index_segment *segment)
+{
+    bool has_kv = true;
+
+    for (uint32_t i = 0; i < segment->num_shards; i++) {
+        has_kv = has_kv && segment->locations[i].state == LOCATION_PRESENT;
+    }
+    if (has_kv != segment->has_kv) {
+        list_remove(index, segment);
+        segment->has_kv = has_kv;
+        list_add(index, segment);
+    }
+}
+
+void index_segment_free(struct index *index, struct index_segment *segment)
+{
+    for (uint32_t i = 0; i < segment->num_shards; i++) {
+        index_location_clear(index, &segment->locations[i], LOCATION_UNKNOWN);
+    }
+    list_remove(index, segment);
+    HASH_DELETE(hh, index->segments, segment);
+    rk_free(segment->label);
+    rk_free(segment);
+}
+
+/* ---- Making and dropping ---- */
+
+static enum rk_status drops_of_segment(struct index *index, const struct index_segment *segment,
+                                       int64_t now_ns, struct index_drops *drops)
+{
+    for (uint32_t i = 0; i < segment->num_shards; i++) {
+        if (segment->locations[i].state == LOCATION_PRESENT) {
+            enum rk_status status = index_drop_add(index, drops, &segment->id, segment->generation,
+                                                   i, segment->locations[i].node, now_ns);
+
+            if (status != RK_OK) {
+                return status;
+            }
+        }
+    }
+    return RK_OK;
+}
+
+enum rk_status index_segment_drop(struct index *index, struct index_segment *segment,
+                                  int64_t now_ns, struct index_drops *drops)
+{
+    struct rk_id id = segment->id;
+    enum rk_status status = drops_of_segment(index, segment, now_ns, drops);
+
+    if (status == RK_OK) {
+        status = index_tombstone_put(index, &id, segment->generation);
+    }
+    if (status == RK_OK) {
+        index_journal_add(index, 's', &id);
+        index_segment_free(index, segment);
+    }
+    return status;
+}
+
+/* Segments without KV go first, then the longest unused of all. */
+static enum rk_status make_room(struct index *index, int64_t now_ns, struct index_drops *drops)
+{
+    while (HASH_COUNT(index->segments) >= index->segments_max) {
+        struct index_segment *victim = index->without_kv;
+        enum rk_status status;
+
+        if (victim != NULL) {
+            struct rk_id id = victim->id;
+
+            index_journal_add(index, 's', &id);
+            index_segment_free(index, victim);
+            continue;
+        }
+        status = index_segment_drop(index, index->with_kv, now_ns, drops);
+        if (status != RK_OK) {
+            return status;
+        }
+    }
+    return RK_OK;
+}
+
+static enum rk_status segment_create(const struct segment_spec *spec,
+                                     struct index_segment **ret_segment)
+{
+    struct index_segment *segment =
+        rk_alloc_zero(1, sizeof(*segment) + spec->num_shards * sizeof(segment->locations[0]));
+
+    if (segment == NULL) {
+        return RK_ERR_NO_MEMORY;
+    }
+    segment->id = spec->id;
+    segment->fingerprint = spec->fingerprint;
+    segment->layout = spec->layout;
+    segment->generation = spec->generation;
+    segment->num_tokens = spec->num_tokens;
+    segment->num_shards = spec->num_shards;
+    segment->has_tokens = spec->has_tokens;
+    segment->label = rk_alloc_string(spec->label == NULL ? "" : spec->label);
+    for (uint32_t i = 0; i < spec->num_shards; i++) {
+        segment->locations[i].segment = segment;
+        segment->locations[i].heads = spec->locations[i].heads;
+        segment->locations[i].incarnation = spec->locations[i].incarnation;
+    }
+    if (segment->label == NULL) {
+        rk_free(segment);
+        return RK_ERR_NO_MEMORY;
+    }
+    *ret_segment = segment;
+    return RK_OK;
+}
+
+static void place_locations(struct index *index, struct index_segment *segment,
+                            const struct segment_spec *spec)
+{
+    for (uint32_t i = 0; i < spec->num_shards; i++) {
+        const struct segment_location_spec *from = &spec->locations[i];
+        struct index_node *node =
+            from->state == LOCATION_PRESENT ? index_node_find(index, from->node_id) : NULL;
+
+        if (node != NULL && node->info->incarnation == from->incarnation) {
+            location_set(index, &segment->locations[i], node);
+        } else {
+            index_location_clear(index, &segment->locations[i],
+                                 from->state == LOCATION_PRESENT ? LOCATION_LOST : from->state);
+        }
+    }
+}
+
+enum rk_status index_segment_put(struct index *index, const struct segment_spec *spec,
+                                 int64_t now_ns, struct index_drops *drops)
+{
+    struct index_segment *old = index_segment_find(index, &spec->id);
+    struct index_segment *segment = NULL;
+    enum rk_status status = segment_create(spec, &segment);
+
+    if (status == RK_OK && old != NULL && old->generation != spec->generation) {
+        status = drops_of_segment(index, old, now_ns, drops);
+    }
+    if (status == RK_OK && old == NULL) {
+        status = make_room(index, now_ns, drops);
+    }
+    if (status != RK_OK) {
+        goto fail;
+    }
+    if (old != NULL) {
+        index_segment_free(index, old);
+    }
+    HASH_ADD(hh, index->segments, id, sizeof(segment->id), segment);
+    if (segment->hh.tbl == NULL) {
+        status = RK_ERR_NO_MEMORY;
+        goto fail;
+    }
+    list_add(index, segment);
+    place_locations(index, segment, spec);
+    index_segment_settle(index, segment);
+    return RK_OK;
+
+fail:
+    if (segment != NULL) {
+        rk_free(segment->label);
+        rk_free(segment);
+    }
+    return status;
+}
+
+void index_shard_removed(struct index *index, struct index_node *node, const struct rk_id *id,
+                         uint64_t generation, uint32_t shard_index)
+{
+    struct index_segment *segment = index_segment_find(index, id);
+
+    if (segment == NULL || segment->generation != generation ||
+        shard_index >= segment->num_shards || segment->locations[shard_index].node != node) {
+        return;
+    }
+    index_location_clear(index, &segment->locations[shard_index], LOCATION_EVICTED);
+    index_segment_settle(index, segment);
+    index_journal_add(index, 's', id);
+}
+
+enum rk_status index_segment_state(const struct index *index, const struct index_segment *segment,
+                                   const struct rk_id *fingerprint, int64_t now_ns)
+{
+    enum rk_status state = RK_OK;
+
+    if (fingerprint != NULL && !rk_id_equal(fingerprint, &segment->fingerprint)) {
+        return RK_MISS_FINGERPRINT;
+    }
+    for (uint32_t i = 0; i < segment->num_shards; i++) {
+        const struct index_location *location = &segment->locations[i];
+
+        switch (location->state) {
+        case LOCATION_EVICTED:
+            return RK_MISS_EVICTED; /* Final; a node that is down may come back. */
+        case LOCATION_UNKNOWN:
+            state = state == RK_OK ? RK_MISS_ABSENT : state;
+            break;
+        case LOCATION_LOST:
+            state = RK_MISS_NODE_DOWN;
+            break;
+        case LOCATION_PRESENT:
+            if (!index_node_alive(index, location->node, now_ns)) {
+                state = RK_MISS_NODE_DOWN;
+            }
+            break;
+        }
+    }
+    return state;
+}
+
+/* ---- Announce ---- */
+
+static bool same_shape(const struct index_segment *segment, const struct index_announced *announced)
+{
+    const Redknot__V1__Shard *shard = announced->entry->shard;
+
+    return segment->num_shards == shard->num_shards && segment->num_tokens == shard->num_tokens &&
+           rk_kv_layout_equal(&segment->layout, &announced->layout) &&
+           rk_id_equal(&segment->fingerprint, &announced->fingerprint);
+}
+
+/* A segment that nobody told us of, or a newer generation of one: known by this shard first. */
+static enum rk_status adopt(struct index *index, const struct index_announced *announced,
+                            int64_t now_ns, struct index_drops *drops)
+{
+    const Redknot__V1__Shard *shard = announced->entry->shard;
+    struct segment_location_spec *locations = rk_alloc_zero(shard->num_shards, sizeof(*locations));
+    struct segment_spec spec = {
+        .id = announced->id,
+        .fingerprint = announced->fingerprint,
+        .layout = announced->layout,
+        .generation = shard->generation,
+        .num_tokens = shard->num_tokens,
+        .num_shards = shard->num_shards,
+        .label = announced->entry->label,
+        .has_tokens = announced->entry->n_token_ids != 0,
+        .locations = locations,
+    };
+    enum rk_status status;
+
+    if (locations == NULL) {
+        return RK_ERR_NO_MEMORY;
+    }
+    for (uint32_t i = 0; i < shard->num_shards; i++) {
+        locations[i].heads = announced->heads;
+    }
+    status = index_segment_put(index, &spec, now_ns, drops);
+    rk_free(locations);
+    return status;
+}
+
+static enum rk_status announce_one(struct index *index, struct index_node *node,
+                                   struct index_announced *announced, uint64_t since,
+                                   int64_t now_ns, struct index_drops *drops)
+{
+    const Redknot__V1__Shard *shard = announced->entry->shard;
+    struct index_segment *segment = index_segment_find(index, &announced->id);
+    struct index_location *location;
+
+    announced->unwanted = shard->generation <= index_tombstone_generation(index, &announced->id) ||
+                          (segment != NULL && segment->generation > shard->generation) ||
+                          (segment != NULL && segment->generation == shard->generation &&
+                           !same_shape(segment, announced));
+    if (announced->unwanted) {
+        return RK_OK;
+    }
+    if (segment == NULL || segment->generation < shard->generation) {
+        enum rk_status status = adopt(index, announced, now_ns, drops);
+
+        if (status != RK_OK) {
+            return status;
+        }
+        segment = index_segment_find(index, &announced->id);
+        announced->adopted = true;
+    }
+    location = &segment->locations[shard->shard_index];
+    if (location->node != NULL && location->node != node) {
+        /* Two nodes with one shard: whoever serves it stays. */
+        announced->unwanted = index_node_alive(index, location->node, now_ns);
+    } else if (location->changed > since && location->state == LOCATION_EVICTED) {
+        announced->unwanted = true; /* Evicted while it announced. */
+    }
+    if (!announced->unwanted && location->node != node) {
+        location->heads = announced->heads;
+        location_set(index, location, node);
+        index_segment_settle(index, segment);
+        index_journal_add(index, 's', &segment->id);
+    }
+    return RK_OK;
+}
+
+enum rk_status index_announce(struct index *index, struct index_node *node,
+                              struct index_announced *announced, size_t count, uint64_t since,
+                              int64_t now_ns, struct index_drops *drops)
+{
+    struct index_location *location;
+    struct index_location *next;
+
+    /* What the node confirms gets a newer mark; what stays older it no longer has. */
+    for (size_t i = 0; i < count; i++) {
+        enum rk_status status = announce_one(index, node, &announced[i], since, now_ns, drops);
+        struct index_segment *segment;
+
+        if (status != RK_OK) {
+            return status;
+        }
+        segment = announced[i].unwanted ? NULL : index_segment_find(index, &announced[i].id);
+        if (segment != NULL) {
+            segment->locations[announced[i].entry->shard->shard_index].changed = ++index->changes;
+        }
+    }
+    DL_FOREACH_SAFE(node->locations, location, next)
+    {
+        if (location->changed <= since) {
+            struct index_segment *segment = location->segment;
+
+            index_location_clear(index, location, LOCATION_EVICTED);
+            index_segment_settle(index, segment);
+            index_journal_add(index, 's', &segment->id);
+        }
+    }
+    return RK_OK;
+}

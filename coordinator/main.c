@@ -1,0 +1,177 @@
+/* redknot-coordinator: options, start, wait, stop. */
+#include "common/base/log.h"
+#include "common/base/service.h"
+#include "common/metrics/metrics.h"
+#include "coordinator/coordinator.h"
+
+#include <argp.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#define STOP_GRACE_MS 5000
+
+enum {
+    OPTION_LISTEN = 256,
+    OPTION_DATA,
+    OPTION_METRICS,
+    OPTION_HEARTBEAT_MS,
+    OPTION_TIMEOUT_MS,
+    OPTION_SHARDS_PER_SEGMENT,
+    OPTION_SEGMENTS_MAX,
+    OPTION_LOG_LEVEL,
+};
+
+struct arguments {
+    struct coordinator_options options;
+    const char *metrics;
+    enum rk_log_level level;
+};
+
+const char *argp_program_version = "redknot-coordinator " REDKNOT_VERSION;
+
+static const struct argp_option option_list[] = {
+    {"listen", OPTION_LISTEN, "HOST:PORT", 0, "Serve gRPC here (127.0.0.1:7100)", 0},
+    {"data", OPTION_DATA, "DIR", 0, "Metadata database (./redknot-data/coordinator)", 0},
+    {"metrics", OPTION_METRICS, "HOST:PORT", 0,
+     "Serve Prometheus text here; empty: nowhere (127.0.0.1:7101)", 0},
+    {"heartbeat-ms", OPTION_HEARTBEAT_MS, "MS", 0, "How often nodes report (500)", 0},
+    {"timeout-ms", OPTION_TIMEOUT_MS, "MS", 0, "A node silent for longer is down (2000)", 0},
+    {"shards-per-segment", OPTION_SHARDS_PER_SEGMENT, "N", 0,
+     "Layer ranges that a segment is spread over (1)", 0},
+    {"segments-max", OPTION_SEGMENTS_MAX, "N", 0, "Segments to know at most (1000000)", 0},
+    {"log-level", OPTION_LOG_LEVEL, "LEVEL", 0, "debug, info, warn or error (info)", 0},
+    {0},
+};
+
+static uint32_t parse_count(struct argp_state *state, const char *name, const char *text,
+                            uint32_t count_max)
+{
+    char *end = NULL;
+    unsigned long long value;
+
+    errno = 0;
+    value = strtoull(text, &end, 10);
+    if (errno != 0 || end == text || *end != '\0' || text[0] == '-' || value == 0 ||
+        value > count_max) {
+        argp_error(state, "--%s: \"%s\" is not a whole number from 1 to %u", name, text, count_max);
+    }
+    return (uint32_t)value;
+}
+
+static void check_address(struct argp_state *state, const char *name, const char *text)
+{
+    struct rk_address address;
+    struct rk_error error;
+
+    if (rk_address_parse(text, &address, &error) != RK_OK) {
+        argp_error(state, "--%s: %s", name, error.text);
+    }
+}
+
+static error_t parse_option(int key, char *text, struct argp_state *state)
+{
+    struct arguments *arguments = state->input;
+    struct coordinator_options *options = &arguments->options;
+
+    switch (key) {
+    case OPTION_LISTEN:
+        check_address(state, "listen", text);
+        options->listen = text;
+        break;
+    case OPTION_DATA:
+        if (text[0] == '\0') {
+            argp_error(state, "--data: needs a directory");
+        }
+        options->data_dir = text;
+        break;
+    case OPTION_METRICS:
+        if (text[0] != '\0') {
+            check_address(state, "metrics", text);
+        }
+        arguments->metrics = text;
+        break;
+    case OPTION_HEARTBEAT_MS:
+        options->heartbeat_ms = parse_count(state, "heartbeat-ms", text, 600000);
+        break;
+    case OPTION_TIMEOUT_MS:
+        options->timeout_ms = parse_count(state, "timeout-ms", text, 3600000);
+        break;
+    case OPTION_SHARDS_PER_SEGMENT:
+        options->shards_per_segment =
+            parse_count(state, "shards-per-segment", text, COORDINATOR_SHARDS_MAX);
+        break;
+    case OPTION_SEGMENTS_MAX:
+        options->segments_max = parse_count(state, "segments-max", text, 1000000000);
+        break;
+    case OPTION_LOG_LEVEL:
+        if (!rk_log_level_parse(text, &arguments->level)) {
+            argp_error(state, "--log-level: \"%s\" is none of debug, info, warn, error", text);
+        }
+        break;
+    case ARGP_KEY_ARG:
+        argp_error(state, "unexpected argument \"%s\"", text);
+        break;
+    case ARGP_KEY_END:
+        if (options->heartbeat_ms >= options->timeout_ms) {
+            argp_error(state, "--timeout-ms %u must be larger than --heartbeat-ms %u",
+                       options->timeout_ms, options->heartbeat_ms);
+        }
+        break;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    static const struct argp argp = {
+        .options = option_list,
+        .parser = parse_option,
+        .doc = "Knows which store nodes hold which KV segments.\v"
+               "Logs go to stderr. SIGTERM or SIGINT stops it in order.",
+    };
+    struct arguments arguments = {
+        .options =
+            {
+                .listen = "127.0.0.1:7100",
+                .data_dir = "./redknot-data/coordinator",
+                .heartbeat_ms = 500,
+                .timeout_ms = 2000,
+            },
+        .metrics = "127.0.0.1:7101",
+        .level = RK_LOG_LEVEL_INFO,
+    };
+    struct coordinator *coordinator = NULL;
+    struct rk_metrics_server *metrics = NULL;
+    struct rk_error error = {0};
+    enum rk_status status;
+
+    rk_service_init();
+    (void)argp_parse(&argp, argc, argv, 0, NULL, &arguments);
+    rk_log_init("coordinator", arguments.level);
+    status = coordinator_create(&arguments.options, &coordinator, &error);
+    if (status == RK_OK && arguments.metrics[0] != '\0') {
+        status = rk_metrics_server_start(arguments.metrics, &metrics, &error);
+    }
+    if (status == RK_OK) {
+        status = coordinator_start(coordinator);
+        if (status != RK_OK) {
+            (void)rk_error_set(&error, status, "cannot start: %s", rk_status_text(status));
+        }
+    }
+    if (status == RK_OK) {
+        RK_LOG_INFO("started", "address=%q port=%d data=%q metrics=%q epoch=%llu version=%s",
+                    arguments.options.listen, coordinator_port(coordinator),
+                    arguments.options.data_dir, arguments.metrics,
+                    (unsigned long long)coordinator_epoch(coordinator), REDKNOT_VERSION);
+        RK_LOG_INFO("stopping", "signal=%d", rk_service_wait());
+        coordinator_stop(coordinator, STOP_GRACE_MS);
+    } else {
+        (void)fprintf(stderr, "redknot-coordinator: %s\n", error.text);
+    }
+    rk_metrics_server_stop(metrics);
+    coordinator_destroy(coordinator);
+    return status == RK_OK ? EXIT_SUCCESS : EXIT_FAILURE;
+}
