@@ -1,0 +1,95 @@
+/*
+ * cli_internal: what the subcommands of `redknot` share.
+ *
+ * Exit codes: 0 it worked, 1 it failed, 2 wrong usage. An error is one line on
+ * stderr: "redknot: what: why; what to do". SIGINT and SIGTERM are taken by one
+ * thread, which cancels the running call; a second one ends the process.
+ */
+#ifndef CLIENT_CLI_CLI_INTERNAL_H
+#define CLIENT_CLI_CLI_INTERNAL_H
+
+#include "client/redknot.h"
+
+#include <argp.h>
+#include <jansson.h>
+#include <stdio.h>
+
+#define CLI_OK    0
+#define CLI_FAIL  1
+#define CLI_USAGE 2
+
+#define CLI_COORDINATOR_DEFAULT "127.0.0.1:7100"
+#define CLI_FILE_BYTES_MAX      (64u << 20) /* of a document */
+#define CLI_SEGMENTS_MAX        1024        /* of one request */
+
+/* ---- Options that every subcommand has; parsed by the child below ---- */
+
+struct cli_common {
+    const char *coordinator; /* never NULL after parsing */
+    bool coordinator_given;
+    bool json;
+};
+extern const struct argp_child cli_common_children[]; /* child 0's input: struct cli_common */
+
+/* Whole words from a list of limits: exits with 2 and names the option. */
+uint64_t cli_parse_uint(struct argp_state *state, const char *option, const char *text,
+                        uint64_t min, uint64_t max);
+double cli_parse_double(struct argp_state *state, const char *option, const char *text, double min,
+                        double max);
+/* "full", "exact", ...: exits with 2 for what cannot be a level; which exist is the worker's to
+ * say, that may be newer or older than we are. */
+const char *cli_parse_level(struct argp_state *state, const char *text);
+
+/* ---- Messages ---- */
+
+/* Prints "redknot: ..." on stderr; returns CLI_FAIL. */
+int cli_fail(const char *format, ...) RK_PRINTF(1, 2);
+/* The same for an error of the library, with what to do about it. */
+int cli_fail_error(const char *what, const struct rk_error *error);
+/* Prints and frees. */
+void cli_print_json(json_t *object);
+json_t *cli_json_id(const struct rk_id *id);
+/* "12.3 MiB" into ret_text, which is returned. */
+const char *cli_bytes(uint64_t bytes, char ret_text[32]);
+/* "0.123 s", "45 ms" */
+const char *cli_seconds(double seconds, char ret_text[32]);
+/* A bar on stderr, only on a terminal. done == total ends and wipes it. */
+void cli_progress(const char *what, uint64_t done, uint64_t total);
+void cli_progress_end(void);
+/* Text at `columns` columns with an indentation; control characters become spaces. */
+void cli_print_wrapped(FILE *file, const char *text, size_t bytes, int indent, int columns);
+
+/* ---- Clients and signals ---- */
+
+void cli_signals_start(void); /* first thing, before any thread */
+bool cli_interrupted(void);
+/* Connects nothing yet. While it lives a signal cancels its calls. */
+RK_MUST_CHECK enum rk_status cli_client_open(const struct cli_common *common, const char *worker,
+                                             struct rk_client **ret_client, struct rk_error *error);
+void cli_client_close(struct rk_client *client); /* accepts NULL */
+
+/* ---- Files ---- */
+
+/* A text file, NUL-terminated; freed with rk_free. The error names file and cause: missing,
+ * directory, empty, too big, holds a NUL byte or no UTF-8. */
+RK_MUST_CHECK enum rk_status cli_read_text(const char *path, char **ret_text, size_t *ret_bytes,
+                                           struct rk_error *error);
+
+/* ---- Reports ---- */
+
+json_t *cli_report_json(const struct rk_report *report);
+/* One line; verbose: a line per segment, too. */
+void cli_report_print(FILE *file, const struct rk_report *report, bool verbose);
+
+/* ---- Subcommands: argv[0] is "redknot put" ---- */
+
+int cli_up(int argc, char **argv);
+int cli_down(int argc, char **argv);
+int cli_put(int argc, char **argv);
+int cli_generate(int argc, char **argv);
+int cli_status(int argc, char **argv);
+int cli_drop(int argc, char **argv);
+int cli_eval(int argc, char **argv);
+int cli_demo(int argc, char **argv);
+
+#endif

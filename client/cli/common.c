@@ -1,0 +1,396 @@
+#include "client/cli/cli_internal.h"
+#include "common/base/alloc.h"
+#include "common/base/clock.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* ---- Options ---- */
+
+enum { KEY_COORDINATOR = 'c', KEY_JSON = 'j' };
+
+static const struct argp_option common_options[] = {
+    {.name = "coordinator",
+     .key = KEY_COORDINATOR,
+     .arg = "ADDR",
+     .doc = "Coordinator, default " CLI_COORDINATOR_DEFAULT " or $REDKNOT_COORDINATOR"},
+    {.name = "json", .key = KEY_JSON, .doc = "Print one JSON object on standard output"},
+    {.name = NULL},
+};
+
+static error_t parse_common(int key, char *arg, struct argp_state *state)
+{
+    struct cli_common *common = state->input;
+    switch (key) {
+    case ARGP_KEY_INIT: {
+        const char *address = getenv("REDKNOT_COORDINATOR");
+        common->coordinator = address && address[0] ? address : CLI_COORDINATOR_DEFAULT;
+        return 0;
+    }
+    case KEY_COORDINATOR:
+        common->coordinator = arg;
+        common->coordinator_given = true;
+        return 0;
+    case KEY_JSON:
+        common->json = true;
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static const struct argp common_argp = {.options = common_options, .parser = parse_common};
+const struct argp_child cli_common_children[] = {
+    {.argp = &common_argp, .header = "Common options:", .group = 100}, {.argp = NULL}};
+
+uint64_t cli_parse_uint(struct argp_state *state, const char *option, const char *text,
+                        uint64_t min, uint64_t max)
+{
+    char *end = NULL;
+    errno = 0;
+    unsigned long long value = strtoull(text, &end, 10);
+    if (text[0] < '0' || text[0] > '9' || *end || errno || value < min || value > max) {
+        argp_error(state, "%s: \"%s\" is no whole number from %llu to %llu", option, text,
+                   (unsigned long long)min, (unsigned long long)max);
+    }
+    return value;
+}
+
+double cli_parse_double(struct argp_state *state, const char *option, const char *text, double min,
+                        double max)
+{
+    char *end = NULL;
+    double value = strtod(text, &end);
+    if (end == text || *end || !(value >= min && value <= max)) {
+        argp_error(state, "%s: \"%s\" is no number from %g to %g", option, text, min, max);
+    }
+    return value;
+}
+
+const char *cli_parse_level(struct argp_state *state, const char *text)
+{
+    if (!text[0] || strspn(text, "abcdefghijklmnopqrstuvwxyz0123456789_-") != strlen(text)) {
+        argp_error(state, "level \"%s\" is no name of a level, such as full, exact or fast", text);
+    }
+    return text;
+}
+
+/* ---- Messages ---- */
+
+int cli_fail(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    cli_progress_end();
+    (void)fflush(stdout);
+    (void)fputs("redknot: ", stderr);
+    (void)vfprintf(stderr, format, args);
+    (void)fputc('\n', stderr);
+    va_end(args);
+    return CLI_FAIL;
+}
+
+int cli_fail_error(const char *what, const struct rk_error *error)
+{
+    const char *advice = "";
+    if (cli_interrupted()) {
+        return cli_fail("%s: interrupted", what);
+    }
+    switch (rk_status_remedy(error->status)) {
+    case RK_REMEDY_ELSEWHERE:
+        /* Whoever cannot reach the coordinator cannot ask it for the nodes. */
+        advice = strncmp(error->text, "coordinator", 11) == 0
+                     ? "; is it running? `redknot up` starts a cluster, --coordinator names another"
+                     : "; is it running? `redknot status` lists the nodes";
+        break;
+    case RK_REMEDY_RETRY:
+        advice = "; try again";
+        break;
+    case RK_REMEDY_GIVE_UP:
+        advice = "; the node's log says more";
+        break;
+    default:
+        break;
+    }
+    return cli_fail("%s: %s%s", what, error->text[0] ? error->text : rk_status_text(error->status),
+                    advice);
+}
+
+void cli_print_json(json_t *object)
+{
+    if (json_dumpf(object, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(17)) != 0) {
+        (void)cli_fail("writing JSON failed");
+    }
+    (void)fputc('\n', stdout);
+    json_decref(object);
+}
+
+json_t *cli_json_id(const struct rk_id *id)
+{
+    char hex[RK_ID_HEX_BYTES];
+    rk_id_to_hex(id, hex);
+    return json_string(hex);
+}
+
+const char *cli_bytes(uint64_t bytes, char ret_text[32])
+{
+    static const char *const units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+    double value = (double)bytes;
+    size_t unit = 0;
+    while (value >= 1024 && unit + 1 < sizeof(units) / sizeof(units[0])) {
+        value /= 1024;
+        unit++;
+    }
+    (void)snprintf(ret_text, 32, unit ? "%.1f %s" : "%.0f %s", value, units[unit]);
+    return ret_text;
+}
+
+const char *cli_seconds(double seconds, char ret_text[32])
+{
+    if (seconds < 1) {
+        (void)snprintf(ret_text, 32, "%.1f ms", seconds * 1000);
+    } else {
+        (void)snprintf(ret_text, 32, "%.2f s", seconds);
+    }
+    return ret_text;
+}
+
+static bool progress_shown;
+
+void cli_progress_end(void)
+{
+    if (progress_shown) {
+        (void)fputs("\r\033[K", stderr);
+        (void)fflush(stderr);
+        progress_shown = false;
+    }
+}
+
+void cli_progress(const char *what, uint64_t done, uint64_t total)
+{
+    enum { WIDTH = 30 };
+    if (!isatty(STDERR_FILENO)) {
+        return;
+    }
+    if (done >= total) {
+        cli_progress_end();
+        return;
+    }
+    int filled = total ? (int)(done * WIDTH / total) : 0;
+    (void)fprintf(stderr, "\r\033[K%.40s [%.*s%*s] %llu/%llu", what, filled,
+                  "##############################", WIDTH - filled, "", (unsigned long long)done,
+                  (unsigned long long)total);
+    (void)fflush(stderr);
+    progress_shown = true;
+}
+
+void cli_print_wrapped(FILE *file, const char *text, size_t bytes, int indent, int columns)
+{
+    int column = 0;
+    for (size_t i = 0; i < bytes;) {
+        size_t end = i;
+        int width = 0;
+        while (end < bytes && (unsigned char)text[end] > ' ') {
+            width += ((unsigned char)text[end] & 0xC0) != 0x80; /* code points */
+            end++;
+        }
+        if (end > i) {
+            if (column > 0 && column + 1 + width > columns) {
+                (void)fputc('\n', file);
+                column = 0;
+            }
+            column += column ? fprintf(file, " ") : fprintf(file, "%*s", indent, "");
+            (void)fwrite(text + i, 1, end - i, file);
+            column += width;
+        }
+        i = end + 1;
+    }
+    if (column > 0) {
+        (void)fputc('\n', file);
+    }
+}
+
+/* ---- Clients and signals ---- */
+
+static pthread_mutex_t current_lock = PTHREAD_MUTEX_INITIALIZER; /* Guards current. */
+static struct rk_client *current;
+static _Atomic int num_signals;
+
+static void *signals_main(void *context)
+{
+    (void)context;
+    sigset_t set;
+    (void)sigemptyset(&set);
+    (void)sigaddset(&set, SIGINT);
+    (void)sigaddset(&set, SIGTERM);
+    for (;;) {
+        int number = 0;
+        if (sigwait(&set, &number) != 0) {
+            continue;
+        }
+        if (atomic_fetch_add(&num_signals, 1) > 0) {
+            _exit(128 + number); /* Asked twice: what hangs is cut short. */
+        }
+        (void)pthread_mutex_lock(&current_lock);
+        if (current) {
+            rk_client_cancel(current);
+        }
+        (void)pthread_mutex_unlock(&current_lock);
+    }
+    return NULL;
+}
+
+void cli_signals_start(void)
+{
+    pthread_t thread; /* rk_service_init() blocked the signals for all threads. */
+    RK_ASSERT(pthread_create(&thread, NULL, signals_main, NULL) == 0);
+    (void)pthread_detach(thread);
+}
+
+bool cli_interrupted(void)
+{
+    return atomic_load(&num_signals) > 0;
+}
+
+enum rk_status cli_client_open(const struct cli_common *common, const char *worker,
+                               struct rk_client **ret_client, struct rk_error *error)
+{
+    struct rk_client_options options = {.coordinator = common->coordinator, .worker = worker};
+    struct rk_client *client = NULL;
+    enum rk_status status = rk_client_create(&options, &client, error);
+    if (status != RK_OK) {
+        return status;
+    }
+    (void)pthread_mutex_lock(&current_lock);
+    current = client;
+    if (cli_interrupted()) {
+        rk_client_cancel(client);
+    }
+    (void)pthread_mutex_unlock(&current_lock);
+    *ret_client = client;
+    return RK_OK;
+}
+
+void cli_client_close(struct rk_client *client)
+{
+    (void)pthread_mutex_lock(&current_lock);
+    if (current == client) {
+        current = NULL;
+    }
+    (void)pthread_mutex_unlock(&current_lock);
+    rk_client_destroy(client);
+}
+
+/* ---- Files ---- */
+
+static bool utf8_valid(const unsigned char *text, size_t bytes)
+{
+    for (size_t i = 0; i < bytes;) {
+        unsigned char lead = text[i];
+        size_t more = 0;
+        uint32_t point = lead;
+        if (lead >= 0x80) {
+            more = lead >= 0xF0 ? 3 : lead >= 0xE0 ? 2 : 1;
+            point = lead & (0x3Fu >> more);
+            if (lead < 0xC2 || lead > 0xF4 || more > bytes - i - 1) {
+                return false;
+            }
+        }
+        for (size_t j = 1; j <= more; j++) {
+            if ((text[i + j] & 0xC0) != 0x80) {
+                return false;
+            }
+            point = point << 6 | (text[i + j] & 0x3F);
+        }
+        static const uint32_t least[] = {0, 0x80, 0x800, 0x10000};
+        if (point < least[more] || point > 0x10FFFF || (point >= 0xD800 && point < 0xE000)) {
+            return false;
+        }
+        i += more + 1;
+    }
+    return true;
+}
+
+static enum rk_status check_text(const char *path, const char *text, size_t bytes,
+                                 struct rk_error *error)
+{
+    if (memchr(text, 0, bytes)) {
+        return rk_error_set(error, RK_ERR_INVALID,
+                            "%s: it holds a NUL byte, so it is no text; give a text file", path);
+    }
+    if (!utf8_valid((const unsigned char *)text, bytes)) {
+        return rk_error_set(error, RK_ERR_INVALID,
+                            "%s: it is not UTF-8; convert it, for example with iconv", path);
+    }
+    return RK_OK;
+}
+
+static enum rk_status read_all(int fd, const char *path, size_t bytes, char **ret_text,
+                               struct rk_error *error)
+{
+    char *text = rk_alloc(bytes + 1);
+    if (!text) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "%s: out of memory", path);
+    }
+    size_t done = 0;
+    while (done < bytes) {
+        ssize_t got = read(fd, text + done, bytes - done);
+        if (got < 0 && errno == EINTR) {
+            continue;
+        }
+        if (got <= 0) {
+            rk_free(text);
+            return rk_error_set(error, RK_ERR_INVALID, "%s: %s; is it being written?", path,
+                                got < 0 ? strerror(errno) : "it became shorter while it was read");
+        }
+        done += (size_t)got;
+    }
+    text[bytes] = 0;
+    *ret_text = text;
+    return RK_OK;
+}
+
+enum rk_status cli_read_text(const char *path, char **ret_text, size_t *ret_bytes,
+                             struct rk_error *error)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* A FIFO must not hang us. */
+    if (fd < 0) {
+        return rk_error_set(error, RK_ERR_INVALID, "%s: %s; check the path", path, strerror(errno));
+    }
+    enum rk_status status = RK_OK;
+    struct stat info;
+    char *text = NULL;
+    if (fstat(fd, &info) != 0) {
+        status = rk_error_set(error, RK_ERR_INVALID, "%s: %s", path, strerror(errno));
+    } else if (S_ISDIR(info.st_mode)) {
+        status = rk_error_set(error, RK_ERR_INVALID, "%s: it is a directory; name its files", path);
+    } else if (!S_ISREG(info.st_mode)) {
+        status = rk_error_set(error, RK_ERR_INVALID, "%s: it is no regular file", path);
+    } else if (info.st_size == 0) {
+        status = rk_error_set(error, RK_ERR_INVALID, "%s: the file is empty; give it text", path);
+    } else if (info.st_size > (off_t)CLI_FILE_BYTES_MAX) {
+        status = rk_error_set(error, RK_ERR_TOO_LONG, "%s: it is larger than %u MiB; split it",
+                              path, CLI_FILE_BYTES_MAX >> 20);
+    } else {
+        status = read_all(fd, path, (size_t)info.st_size, &text, error);
+    }
+    (void)close(fd);
+    if (status == RK_OK) {
+        status = check_text(path, text, (size_t)info.st_size, error);
+    }
+    if (status != RK_OK) {
+        rk_free(text);
+        return status;
+    }
+    *ret_text = text;
+    *ret_bytes = (size_t)info.st_size;
+    return RK_OK;
+}

@@ -1,0 +1,211 @@
+#include "client/cli/cli_internal.h"
+#include "common/base/alloc.h"
+
+#include <string.h>
+
+#define SEGMENTS_LISTED_MAX 1000
+
+struct status_arguments {
+    struct cli_common common;
+    bool segments;
+};
+
+static const struct argp_option status_options[] = {
+    {.name = "segments", .key = 's', .doc = "List the stored segments, too"},
+    {.name = NULL},
+};
+
+static error_t parse_status(int key, char *arg, struct argp_state *state)
+{
+    struct status_arguments *arguments = state->input;
+    switch (key) {
+    case ARGP_KEY_INIT:
+        state->child_inputs[0] = &arguments->common;
+        return 0;
+    case 's':
+        arguments->segments = true;
+        return 0;
+    case ARGP_KEY_ARG:
+        argp_error(state, "unexpected argument \"%s\"", arg);
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static const struct argp status_argp = {.options = status_options,
+                                        .parser = parse_status,
+                                        .doc = "Show the nodes of the cluster and what they hold.",
+                                        .children = cli_common_children};
+
+static const char *role_name(enum rk_node_role role)
+{
+    return role == RK_NODE_STORE ? "store" : role == RK_NODE_WORKER ? "worker" : "other";
+}
+
+static json_t *status_json(const struct rk_cluster_status *cluster, bool with_segments)
+{
+    json_t *nodes = json_array();
+    for (size_t i = 0; i < cluster->num_nodes; i++) {
+        const struct rk_node_status *node = &cluster->nodes[i];
+        (void)json_array_append_new(
+            nodes,
+            json_pack("{s:s, s:s, s:b, s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:I}", "node_id",
+                      node->node_id, "role", role_name(node->role), "alive", (int)node->alive,
+                      "address", node->address, "metrics_address", node->metrics_address, "model",
+                      node->model, "version", node->version, "capacity_bytes",
+                      (json_int_t)node->capacity_bytes, "used_bytes", (json_int_t)node->used_bytes,
+                      "num_shards", (json_int_t)node->num_shards, "heartbeat_age_ms",
+                      (json_int_t)node->heartbeat_age_ms));
+    }
+    json_t *object = json_pack("{s:s, s:I, s:I, s:o}", "version", cluster->version, "uptime_ms",
+                               (json_int_t)cluster->uptime_ms, "num_segments",
+                               (json_int_t)cluster->num_segments, "nodes", nodes);
+    if (!with_segments) {
+        return object;
+    }
+    json_t *segments = json_array();
+    for (size_t i = 0; i < cluster->num_segments_listed; i++) {
+        const struct rk_segment_status *segment = &cluster->segments[i];
+        json_t *node_ids = json_array();
+        for (size_t j = 0; j < segment->num_node_ids; j++) {
+            (void)json_array_append_new(node_ids, json_string(segment->node_ids[j]));
+        }
+        (void)json_array_append_new(
+            segments,
+            json_pack("{s:o, s:s, s:I, s:I, s:b, s:o}", "segment_id",
+                      cli_json_id(&segment->segment_id), "label", segment->label, "num_tokens",
+                      (json_int_t)segment->num_tokens, "bytes", (json_int_t)segment->bytes,
+                      "committed", (int)segment->committed, "node_ids", node_ids));
+    }
+    (void)json_object_set_new(object, "segments", segments);
+    return object;
+}
+
+static void status_print(const struct rk_cluster_status *cluster, bool with_segments)
+{
+    char used[32];
+    char capacity[32];
+    (void)printf("coordinator %s, up for %llu s, %llu segments\n\n", cluster->version,
+                 (unsigned long long)(cluster->uptime_ms / 1000),
+                 (unsigned long long)cluster->num_segments);
+    (void)printf("%-8s %-24s %-22s %-6s %10s %10s %7s  %s\n", "ROLE", "NODE", "ADDRESS", "ALIVE",
+                 "USED", "CAPACITY", "SHARDS", "MODEL");
+    for (size_t i = 0; i < cluster->num_nodes; i++) {
+        const struct rk_node_status *node = &cluster->nodes[i];
+        bool store = node->role == RK_NODE_STORE;
+        (void)printf("%-8s %-24s %-22s %-6s %10s %10s %7llu  %s\n", role_name(node->role),
+                     node->node_id, node->address, node->alive ? "yes" : "no",
+                     store ? cli_bytes(node->used_bytes, used) : "-",
+                     store ? cli_bytes(node->capacity_bytes, capacity) : "-",
+                     (unsigned long long)node->num_shards, node->model);
+    }
+    if (!with_segments) {
+        return;
+    }
+    (void)printf("\n%-64s %8s %10s  %-9s %s\n", "SEGMENT", "TOKENS", "BYTES", "STATE", "LABEL");
+    for (size_t i = 0; i < cluster->num_segments_listed; i++) {
+        const struct rk_segment_status *segment = &cluster->segments[i];
+        char hex[RK_ID_HEX_BYTES];
+        rk_id_to_hex(&segment->segment_id, hex);
+        (void)printf("%-64s %8u %10s  %-9s %s\n", hex, segment->num_tokens,
+                     cli_bytes(segment->bytes, used), segment->committed ? "stored" : "pending",
+                     segment->label);
+    }
+    if (cluster->num_segments_listed < cluster->num_segments) {
+        (void)printf("... and %llu more\n",
+                     (unsigned long long)(cluster->num_segments - cluster->num_segments_listed));
+    }
+}
+
+int cli_status(int argc, char **argv)
+{
+    struct status_arguments arguments = {.segments = false};
+    (void)argp_parse(&status_argp, argc, argv, 0, NULL, &arguments);
+    struct rk_error error = {.status = RK_OK};
+    struct rk_client *client = NULL;
+    struct rk_cluster_status cluster;
+    enum rk_status status = cli_client_open(&arguments.common, NULL, &client, &error);
+    if (status == RK_OK) {
+        status = rk_client_status(client, arguments.segments ? SEGMENTS_LISTED_MAX : 0, &cluster,
+                                  &error);
+        cli_client_close(client);
+    }
+    if (status != RK_OK) {
+        return cli_fail_error("status", &error);
+    }
+    if (arguments.common.json) {
+        cli_print_json(status_json(&cluster, arguments.segments));
+    } else {
+        status_print(&cluster, arguments.segments);
+    }
+    rk_cluster_status_clear(&cluster);
+    return CLI_OK;
+}
+
+/* ---- drop ---- */
+
+struct drop_arguments {
+    struct cli_common common;
+    struct rk_id ids[CLI_SEGMENTS_MAX];
+    size_t num_ids;
+};
+
+static error_t parse_drop(int key, char *arg, struct argp_state *state)
+{
+    struct drop_arguments *arguments = state->input;
+    switch (key) {
+    case ARGP_KEY_INIT:
+        state->child_inputs[0] = &arguments->common;
+        return 0;
+    case ARGP_KEY_ARG:
+        if (arguments->num_ids == CLI_SEGMENTS_MAX) {
+            argp_error(state, "at most %d ids in one call", CLI_SEGMENTS_MAX);
+        }
+        if (!rk_id_from_hex(arg, &arguments->ids[arguments->num_ids])) {
+            argp_error(state,
+                       "\"%s\" is no segment id of 64 hex digits; `redknot status "
+                       "--segments` lists them",
+                       arg);
+        }
+        arguments->num_ids++;
+        return 0;
+    case ARGP_KEY_NO_ARGS:
+        argp_error(state, "no segment id given");
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static const struct argp drop_argp = {.parser = parse_drop,
+                                      .args_doc = "ID...",
+                                      .doc = "Forget stored segments.",
+                                      .children = cli_common_children};
+
+int cli_drop(int argc, char **argv)
+{
+    struct drop_arguments *arguments = rk_alloc_zero(1, sizeof(*arguments));
+    if (!arguments) {
+        return cli_fail("drop: out of memory");
+    }
+    (void)argp_parse(&drop_argp, argc, argv, 0, NULL, arguments);
+    struct rk_error error = {.status = RK_OK};
+    struct rk_client *client = NULL;
+    uint32_t dropped = 0;
+    int code = CLI_OK;
+    enum rk_status status = cli_client_open(&arguments->common, NULL, &client, &error);
+    if (status == RK_OK) {
+        status = rk_client_drop(client, arguments->ids, arguments->num_ids, &dropped, &error);
+        cli_client_close(client);
+    }
+    if (status != RK_OK) {
+        code = cli_fail_error("drop", &error);
+    } else if (arguments->common.json) {
+        cli_print_json(json_pack("{s:I}", "dropped", (json_int_t)dropped));
+    } else {
+        (void)printf("dropped %u of %zu\n", dropped, arguments->num_ids);
+    }
+    rk_free(arguments);
+    return code;
+}

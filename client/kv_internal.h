@@ -1,0 +1,109 @@
+/*
+ * kv_internal: what the parts of the KV client share. Private to client/.
+ *
+ * kv_pool.c   connections to store nodes, bounded, and which nodes are down
+ * kv_chunk.c  the wire form of a run of pages, built without copying them
+ * kv_put.c    the two-phase put
+ * kv_get.c    pages across shards
+ * kv_client.c metadata: locate, drop
+ */
+#ifndef CLIENT_KV_INTERNAL_H
+#define CLIENT_KV_INTERNAL_H
+
+#include "client/kv_client.h"
+#include "common/rpc/rpc.h"
+
+#include <pthread.h>
+
+#include "redknot/v1/coordinator.pb-c.h"
+#include "redknot/v1/kvstore.pb-c.h"
+
+#define RK_KV_TIMEOUT_MS         2000
+#define RK_KV_CONNECT_TIMEOUT_MS 1000
+#define RK_KV_BACKOFF_MS         500  /* how long a silent node is not asked again */
+#define RK_KV_NODES_MAX          1024 /* store nodes known at once */
+#define RK_KV_CONNECTIONS_MAX    32   /* per store node; a get needs one while it runs */
+#define RK_KV_SHARDS_MAX         4096 /* of one segment, replicas included */
+#define RK_KV_BATCH_IDS_MAX      4096 /* per Locate call; longer lists are split */
+#define RK_KV_CHUNK_BYTES        (1u << 20)
+#define RK_KV_CHUNK_PAGES_MAX    256
+#define RK_KV_CHUNK_HEADER_BYTES (32 + 8 * RK_KV_CHUNK_PAGES_MAX)
+
+/* Where one store node serves; the strings belong to whoever holds the struct. */
+struct rk_kv_endpoint {
+    char *node_id;
+    uint64_t incarnation;
+    char *address;
+    char *host_id;
+    char *shm_socket;
+};
+
+struct rk_kv_shard {
+    uint64_t generation;
+    uint32_t shard_index;
+    struct rk_head_range heads;
+    struct rk_kv_layout layout;
+    struct rk_kv_endpoint endpoint;
+};
+
+struct rk_kv_shards {
+    struct rk_id fingerprint;
+    uint32_t count;
+    struct rk_kv_shard shards[];
+};
+
+/* ---- kv_pool.c ---- */
+
+struct rk_kv_pool;
+struct rk_kv_connection; /* serves one get at a time, may have many outstanding holds */
+
+RK_MUST_CHECK enum rk_status rk_kv_pool_create(enum rk_path path, struct rk_kv_pool **ret_pool);
+void rk_kv_pool_destroy(struct rk_kv_pool *pool); /* accepts NULL */
+
+/* A connection that nobody else uses; new ones up to the bound, then waits. RK_ERR_UNAVAILABLE at
+ * once while the node is in its back-off. */
+RK_MUST_CHECK enum rk_status rk_kv_pool_acquire(struct rk_kv_pool *pool,
+                                                const struct rk_kv_endpoint *endpoint,
+                                                int64_t deadline_ns,
+                                                struct rk_kv_connection **ret_connection,
+                                                struct rk_error *error);
+/* Gets and, on RK_OK, registers the hold. Then the connection is free for the next caller: the
+ * acquisition ends here whatever the outcome. */
+RK_MUST_CHECK enum rk_status rk_kv_pool_get(struct rk_kv_pool *pool,
+                                            struct rk_kv_connection *connection,
+                                            const struct rk_get *get, struct rk_pages *ret_pages,
+                                            struct rk_error *error);
+/* Never blocks on another caller's get: on a busy connection its user does it on the way out. */
+void rk_kv_pool_release(struct rk_kv_pool *pool, struct rk_kv_connection *connection,
+                        struct rk_pages *pages);
+
+/* ---- kv_chunk.c ---- */
+
+/* The bytes of a PutShardRequest{pages} up to the payload of PageChunk.data. Returns their
+ * count; header has room for RK_KV_CHUNK_HEADER_BYTES. num_pages <= RK_KV_CHUNK_PAGES_MAX. */
+size_t rk_kv_chunk_header(const uint64_t *checksums, size_t num_pages, size_t page_bytes,
+                          uint8_t *header);
+/* Pages per message: about RK_KV_CHUNK_BYTES, at least one. */
+size_t rk_kv_chunk_pages(size_t page_bytes);
+
+/* ---- kv_client.c ---- */
+
+struct rk_kv_client {
+    struct rk_rpc_channel *coordinator;
+    struct rk_kv_pool *pool;
+    char *address;
+    int timeout_ms;
+    _Atomic int64_t coordinator_down_until_ns;
+};
+
+void rk_kv_endpoint_clear(struct rk_kv_endpoint *endpoint);
+RK_MUST_CHECK enum rk_status rk_kv_endpoint_copy(const Redknot__V1__StoreEndpoint *from,
+                                                 struct rk_kv_endpoint *ret_endpoint);
+/* Borrowed from stores; NULL when no store has that id. */
+const Redknot__V1__StoreEndpoint *rk_kv_endpoint_find(Redknot__V1__StoreEndpoint *const *stores,
+                                                      size_t num_stores, const char *node_id);
+/* What a Shard message says of its heads and layout; false when it makes no sense. */
+bool rk_kv_shard_shape(const Redknot__V1__Shard *shard, struct rk_kv_layout *ret_layout,
+                       struct rk_head_range *ret_heads);
+
+#endif

@@ -1,0 +1,523 @@
+#include "client/redknot.h"
+#include "client/redknot_internal.h"
+#include "common/base/alloc.h"
+#include "common/base/clock.h"
+#include "common/base/log.h"
+#include "common/rpc/rpc.h"
+
+#include <pthread.h>
+#include <string.h>
+#include <sys/random.h>
+
+#include "redknot/v1/coordinator.pb-c.h"
+
+#define TIMEOUT_MS          600000
+#define METADATA_TIMEOUT_MS 5000
+#define CHANNELS_MAX        64
+#define WORKERS_TRIED_MAX   8
+#define STATUS_SEGMENTS_MAX 100000
+
+struct channel {
+    char *address;
+    struct rk_rpc_channel *rpc;
+    uint32_t num_users;
+    struct channel *next;
+};
+
+struct running {
+    struct rk_rpc_stream *stream;
+    struct running *next;
+};
+
+struct rk_client {
+    char *coordinator;
+    char *worker;
+    int timeout_ms;
+    int metadata_timeout_ms;
+    pthread_mutex_t lock; /* Guards what follows. */
+    struct channel *channels;
+    uint32_t num_channels;
+    struct running *running;
+    bool cancelled;
+};
+
+struct rk_id rk_id_from_message(ProtobufCBinaryData bytes)
+{
+    struct rk_id id = {.bytes = {0}};
+    if (bytes.len == RK_ID_BYTES) {
+        memcpy(id.bytes, bytes.data, RK_ID_BYTES);
+    }
+    return id;
+}
+
+enum rk_status rk_client_no_memory(struct rk_error *error, const char *what)
+{
+    return rk_error_set(error, RK_ERR_NO_MEMORY, "%s: out of memory", what);
+}
+
+enum rk_status rk_client_create(const struct rk_client_options *options,
+                                struct rk_client **ret_client, struct rk_error *error)
+{
+    if (!options->coordinator && !options->worker) {
+        return rk_error_set(error, RK_ERR_INVALID,
+                            "a client needs the address of a coordinator or of a worker");
+    }
+    struct rk_client *client = rk_alloc_zero(1, sizeof(*client));
+    if (!client) {
+        return rk_client_no_memory(error, "making a client");
+    }
+    RK_ASSERT(pthread_mutex_init(&client->lock, NULL) == 0);
+    client->timeout_ms = options->timeout_ms > 0 ? options->timeout_ms : TIMEOUT_MS;
+    client->metadata_timeout_ms =
+        options->metadata_timeout_ms > 0 ? options->metadata_timeout_ms : METADATA_TIMEOUT_MS;
+    if (options->coordinator) {
+        client->coordinator = rk_alloc_string(options->coordinator);
+    }
+    if (options->worker) {
+        client->worker = rk_alloc_string(options->worker);
+    }
+    if ((options->coordinator && !client->coordinator) || (options->worker && !client->worker)) {
+        rk_client_destroy(client);
+        return rk_client_no_memory(error, "making a client");
+    }
+    *ret_client = client;
+    return RK_OK;
+}
+
+static void channel_destroy(struct channel *channel)
+{
+    if (channel) {
+        rk_rpc_channel_destroy(channel->rpc);
+        rk_free(channel->address);
+        rk_free(channel);
+    }
+}
+
+void rk_client_destroy(struct rk_client *client)
+{
+    if (!client) {
+        return;
+    }
+    RK_ASSERT(!client->running);
+    while (client->channels) {
+        struct channel *next = client->channels->next;
+        channel_destroy(client->channels);
+        client->channels = next;
+    }
+    (void)pthread_mutex_destroy(&client->lock);
+    rk_free(client->coordinator);
+    rk_free(client->worker);
+    rk_free(client);
+}
+
+void rk_client_cancel(struct rk_client *client)
+{
+    (void)pthread_mutex_lock(&client->lock);
+    client->cancelled = true;
+    for (struct running *at = client->running; at; at = at->next) {
+        rk_rpc_stream_cancel(at->stream);
+    }
+    (void)pthread_mutex_unlock(&client->lock);
+}
+
+/* Takes the last channel that nobody uses out of a full list; the caller destroys it. */
+static struct channel *channel_unlink_unused(struct rk_client *client)
+{
+    struct channel **unused = NULL;
+    for (struct channel **at = &client->channels; *at; at = &(*at)->next) {
+        if ((*at)->num_users == 0) {
+            unused = at;
+        }
+    }
+    if (!unused) {
+        return NULL;
+    }
+    struct channel *channel = *unused;
+    *unused = channel->next;
+    client->num_channels--;
+    return channel;
+}
+
+static enum rk_status channel_make(const char *address, struct channel **ret_channel,
+                                   struct rk_error *error)
+{
+    struct channel *channel = rk_alloc_zero(1, sizeof(*channel));
+    char *copy = rk_alloc_string(address);
+    if (!channel || !copy) {
+        rk_free(channel);
+        rk_free(copy);
+        return rk_client_no_memory(error, "connecting");
+    }
+    channel->address = copy;
+    enum rk_status status = rk_rpc_channel_create(address, &channel->rpc, error);
+    if (status != RK_OK) {
+        channel_destroy(channel);
+        return status;
+    }
+    *ret_channel = channel;
+    return RK_OK;
+}
+
+static enum rk_status channel_acquire(struct rk_client *client, const char *address,
+                                      struct channel **ret_channel, struct rk_error *error)
+{
+    enum rk_status status = RK_OK;
+    struct channel *old = NULL;
+    (void)pthread_mutex_lock(&client->lock);
+    struct channel *channel = client->channels;
+    while (channel && strcmp(channel->address, address) != 0) {
+        channel = channel->next;
+    }
+    if (!channel) {
+        if (client->num_channels >= CHANNELS_MAX) {
+            old = channel_unlink_unused(client);
+        }
+        if (client->num_channels >= CHANNELS_MAX) {
+            status = rk_error_set(error, RK_ERR_FULL, "%d connections are in use", CHANNELS_MAX);
+        } else {
+            status = channel_make(address, &channel, error);
+        }
+        if (status == RK_OK) {
+            channel->next = client->channels;
+            client->channels = channel;
+            client->num_channels++;
+        }
+    }
+    if (status == RK_OK) {
+        channel->num_users++;
+        *ret_channel = channel;
+    }
+    (void)pthread_mutex_unlock(&client->lock);
+    channel_destroy(old);
+    return status;
+}
+
+static void channel_release(struct rk_client *client, struct channel *channel)
+{
+    (void)pthread_mutex_lock(&client->lock);
+    channel->num_users--;
+    (void)pthread_mutex_unlock(&client->lock);
+}
+
+/* Says who failed. Of a peer that is not there gRPC tells much; its last words are the cause. */
+static void name_peer(const char *role, const char *address, struct rk_error *error)
+{
+    if (!error || error->status != RK_ERR_UNAVAILABLE) {
+        rk_error_prefix(error, "%s %s", role, address);
+        return;
+    }
+    char text[sizeof(error->text)];
+    memcpy(text, error->text, sizeof(text));
+    const char *cause = strrchr(text, ':');
+    (void)rk_error_set(error, RK_ERR_UNAVAILABLE, "%s %s does not answer%s", role, address,
+                       cause ? cause : "");
+}
+
+/* ---- Calls to the coordinator ---- */
+
+static enum rk_status ask_coordinator(struct rk_client *client, const char *path,
+                                      const ProtobufCMessage *request,
+                                      const ProtobufCMessageDescriptor *type,
+                                      ProtobufCMessage **ret_reply, struct rk_error *error)
+{
+    if (!client->coordinator) {
+        return rk_error_set(error, RK_ERR_INVALID, "this client has no coordinator's address");
+    }
+    struct channel *channel = NULL;
+    enum rk_status status = channel_acquire(client, client->coordinator, &channel, error);
+    if (status != RK_OK) {
+        return status;
+    }
+    status = rk_rpc_unary(channel->rpc, path, request, type, client->metadata_timeout_ms, ret_reply,
+                          error);
+    channel_release(client, channel);
+    if (status != RK_OK) {
+        name_peer("coordinator", client->coordinator, error);
+    }
+    return status;
+}
+
+void rk_cluster_status_clear(struct rk_cluster_status *status)
+{
+    rk_free(status->nodes);
+    rk_free(status->segments);
+    rk_rpc_message_free(status->owner);
+    memset(status, 0, sizeof(*status));
+}
+
+static struct rk_node_status node_from(const Redknot__V1__StatusReply__Node *node)
+{
+    static const Redknot__V1__NodeInfo empty = REDKNOT__V1__NODE_INFO__INIT;
+    const Redknot__V1__NodeInfo *info = node->info ? node->info : &empty;
+    enum rk_node_role role = RK_NODE_OTHER;
+    if (info->role == REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE) {
+        role = RK_NODE_STORE;
+    } else if (info->role == REDKNOT__V1__NODE_INFO__ROLE__ROLE_WORKER) {
+        role = RK_NODE_WORKER;
+    }
+    return (struct rk_node_status){.node_id = info->node_id,
+                                   .role = role,
+                                   .alive = node->alive,
+                                   .address = info->grpc_address,
+                                   .metrics_address = info->metrics_address,
+                                   .model = info->model,
+                                   .version = info->version,
+                                   .capacity_bytes = info->capacity_bytes,
+                                   .used_bytes = info->used_bytes,
+                                   .num_shards = node->num_shards,
+                                   .heartbeat_age_ms = node->last_heartbeat_age_ms};
+}
+
+enum rk_status rk_client_status(struct rk_client *client, uint32_t segments_max,
+                                struct rk_cluster_status *ret_status, struct rk_error *error)
+{
+    Redknot__V1__StatusRequest request = REDKNOT__V1__STATUS_REQUEST__INIT;
+    Redknot__V1__StatusReply *reply = NULL;
+    request.with_segments = segments_max > 0;
+    request.segments_max = segments_max < STATUS_SEGMENTS_MAX ? segments_max : STATUS_SEGMENTS_MAX;
+    enum rk_status status =
+        ask_coordinator(client, "/redknot.v1.Coordinator/Status", &request.base,
+                        &redknot__v1__status_reply__descriptor, (ProtobufCMessage **)&reply, error);
+    if (status != RK_OK) {
+        return status;
+    }
+    struct rk_cluster_status result = {.owner = reply,
+                                       .num_nodes = reply->n_nodes,
+                                       .num_segments_listed = reply->n_segments,
+                                       .num_segments = reply->num_segments,
+                                       .uptime_ms = reply->uptime_ms,
+                                       .version = reply->version};
+    result.nodes = rk_alloc_zero(reply->n_nodes + 1, sizeof(*result.nodes));
+    result.segments = rk_alloc_zero(reply->n_segments + 1, sizeof(*result.segments));
+    if (!result.nodes || !result.segments) {
+        rk_cluster_status_clear(&result);
+        return rk_client_no_memory(error, "reading the cluster's status");
+    }
+    for (size_t i = 0; i < reply->n_nodes; i++) {
+        result.nodes[i] = node_from(reply->nodes[i]);
+    }
+    for (size_t i = 0; i < reply->n_segments; i++) {
+        const Redknot__V1__StatusReply__Segment *segment = reply->segments[i];
+        result.segments[i] =
+            (struct rk_segment_status){.segment_id = rk_id_from_message(segment->segment_id),
+                                       .label = segment->label,
+                                       .num_tokens = segment->num_tokens,
+                                       .bytes = segment->bytes,
+                                       .committed = segment->committed,
+                                       .node_ids = (const char *const *)segment->node_ids,
+                                       .num_node_ids = segment->n_node_ids};
+    }
+    *ret_status = result;
+    return RK_OK;
+}
+
+enum rk_status rk_client_drop(struct rk_client *client, const struct rk_id *ids, size_t num_ids,
+                              uint32_t *ret_dropped, struct rk_error *error)
+{
+    Redknot__V1__DropRequest request = REDKNOT__V1__DROP_REQUEST__INIT;
+    Redknot__V1__DropReply *reply = NULL;
+    ProtobufCBinaryData *names = rk_alloc_zero(num_ids + 1, sizeof(*names));
+    if (!names) {
+        return rk_client_no_memory(error, "dropping segments");
+    }
+    for (size_t i = 0; i < num_ids; i++) {
+        names[i] = (ProtobufCBinaryData){RK_ID_BYTES, (uint8_t *)ids[i].bytes};
+    }
+    request.n_segment_ids = num_ids;
+    request.segment_ids = names;
+    enum rk_status status =
+        ask_coordinator(client, "/redknot.v1.Coordinator/Drop", &request.base,
+                        &redknot__v1__drop_reply__descriptor, (ProtobufCMessage **)&reply, error);
+    rk_free(names);
+    if (status != RK_OK) {
+        return status;
+    }
+    if (ret_dropped) {
+        *ret_dropped = reply->dropped;
+    }
+    rk_rpc_message_free(&reply->base);
+    return RK_OK;
+}
+
+/* ---- Calls to workers ---- */
+
+struct workers {
+    char *addresses[WORKERS_TRIED_MAX];
+    size_t count;
+};
+
+static void workers_clear(struct workers *workers)
+{
+    for (size_t i = 0; i < workers->count; i++) {
+        rk_free(workers->addresses[i]);
+    }
+    workers->count = 0;
+}
+
+static bool workers_add(struct workers *workers, const char *address)
+{
+    char *copy = rk_alloc_string(address);
+    if (copy) {
+        workers->addresses[workers->count++] = copy;
+    }
+    return copy;
+}
+
+static enum rk_status workers_from_status(const struct rk_client *client,
+                                          const struct rk_cluster_status *cluster,
+                                          struct workers *workers, struct rk_error *error)
+{
+    uint32_t start = 0;
+    if (getrandom(&start, sizeof(start), GRND_NONBLOCK) < 0) {
+        start = (uint32_t)rk_clock_ns(); /* Good enough to spread load. */
+    }
+    for (size_t i = 0; i < cluster->num_nodes && workers->count < WORKERS_TRIED_MAX; i++) {
+        const struct rk_node_status *node = &cluster->nodes[(start + i) % cluster->num_nodes];
+        if (node->role != RK_NODE_WORKER || !node->alive || !node->address[0]) {
+            continue;
+        }
+        if (!workers_add(workers, node->address)) {
+            return rk_client_no_memory(error, "choosing a worker");
+        }
+    }
+    if (workers->count == 0) {
+        return rk_error_set(error, RK_ERR_UNAVAILABLE, "coordinator %s knows no living worker",
+                            client->coordinator);
+    }
+    return RK_OK;
+}
+
+/* Living workers in the order in which to try them. Cleared by the caller, also on failure. */
+static enum rk_status workers_choose(struct rk_client *client, struct workers *workers,
+                                     struct rk_error *error)
+{
+    if (client->worker) {
+        return workers_add(workers, client->worker)
+                   ? RK_OK
+                   : rk_client_no_memory(error, "choosing a worker");
+    }
+    struct rk_cluster_status cluster;
+    enum rk_status status = rk_client_status(client, 0, &cluster, error);
+    if (status != RK_OK) {
+        return status;
+    }
+    status = workers_from_status(client, &cluster, workers, error);
+    rk_cluster_status_clear(&cluster);
+    return status;
+}
+
+enum rk_status rk_client_pick_worker(struct rk_client *client, char **ret_address,
+                                     struct rk_error *error)
+{
+    struct workers workers = {.count = 0};
+    enum rk_status status = workers_choose(client, &workers, error);
+    if (status == RK_OK) {
+        *ret_address = workers.addresses[0];
+        workers.addresses[0] = NULL;
+    }
+    workers_clear(&workers);
+    return status;
+}
+
+void rk_client_string_free(char *text)
+{
+    rk_free(text);
+}
+
+static bool running_add(struct rk_client *client, struct running *running)
+{
+    (void)pthread_mutex_lock(&client->lock);
+    bool cancelled = client->cancelled;
+    running->next = client->running;
+    client->running = running;
+    (void)pthread_mutex_unlock(&client->lock);
+    return !cancelled;
+}
+
+static void running_remove(struct rk_client *client, struct running *running)
+{
+    (void)pthread_mutex_lock(&client->lock);
+    struct running **at = &client->running;
+    while (*at != running) {
+        at = &(*at)->next;
+    }
+    *at = running->next;
+    (void)pthread_mutex_unlock(&client->lock);
+}
+
+static enum rk_status stream_run(struct rk_rpc_stream *stream, const struct rk_client_call *call,
+                                 bool *ret_received, struct rk_error *error)
+{
+    enum rk_status status = rk_rpc_stream_send(stream, call->request);
+    if (status == RK_OK) {
+        status = rk_rpc_stream_send_done(stream);
+    }
+    while (status == RK_OK) {
+        ProtobufCMessage *message = NULL;
+        status = rk_rpc_stream_recv(stream, call->reply_type, &message);
+        if (status == RK_ERR_NOT_FOUND) { /* The last reply was there. */
+            return rk_rpc_stream_finish(stream, error);
+        }
+        if (status == RK_OK) {
+            *ret_received = true;
+            status = call->handler(call->context, &message, error);
+            rk_rpc_message_free(message);
+            if (status != RK_OK) { /* Ours, not the call's: it has its own text. */
+                rk_rpc_stream_cancel(stream);
+                struct rk_error ended = {.status = RK_OK};
+                enum rk_status last = rk_rpc_stream_finish(stream, &ended);
+                RK_LOG_DEBUG("call_dropped", "status=%s", rk_status_name(last));
+                return status;
+            }
+        }
+    }
+    struct rk_error why = {.status = RK_OK};
+    enum rk_status final = rk_rpc_stream_finish(stream, &why);
+    if (final != RK_OK) {
+        return rk_error_set(error, final, "%s", why.text);
+    }
+    return rk_error_set(error, status, "%s", rk_status_text(status));
+}
+
+static enum rk_status call_worker(struct rk_client *client, const char *address,
+                                  const struct rk_client_call *call, bool *ret_received,
+                                  struct rk_error *error)
+{
+    struct channel *channel = NULL;
+    struct running running = {.stream = NULL};
+    enum rk_status status = channel_acquire(client, address, &channel, error);
+    if (status != RK_OK) {
+        return status;
+    }
+    status =
+        rk_rpc_stream_open(channel->rpc, call->path, client->timeout_ms, &running.stream, error);
+    if (status == RK_OK) {
+        if (!running_add(client, &running)) {
+            rk_rpc_stream_cancel(running.stream);
+        }
+        status = stream_run(running.stream, call, ret_received, error);
+        running_remove(client, &running);
+        rk_rpc_stream_destroy(running.stream);
+    }
+    channel_release(client, channel);
+    if (status != RK_OK) {
+        name_peer("worker", address, error);
+    }
+    return status;
+}
+
+/* At the workers in turn until one has answered something. */
+enum rk_status rk_client_call_worker(struct rk_client *client, const struct rk_client_call *call,
+                                     struct rk_error *error)
+{
+    struct workers workers = {.count = 0};
+    enum rk_status status = workers_choose(client, &workers, error);
+    bool received = false;
+    bool next = status == RK_OK;
+    for (size_t i = 0; i < workers.count && next; i++) {
+        status = call_worker(client, workers.addresses[i], call, &received, error);
+        next = (status == RK_ERR_UNAVAILABLE || status == RK_ERR_FULL) && !received;
+    }
+    workers_clear(&workers);
+    return status;
+}

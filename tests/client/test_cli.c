@@ -1,0 +1,166 @@
+/*
+ * Goal:   the command's exit codes and messages: 0 help and version, 2 wrong
+ *         usage, 1 failure with one clear line that names the file.
+ * Method: run the program with a table of arguments, against a port on which
+ *         nobody listens, and compare exit code and output.
+ */
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+static char dir[] = "/tmp/redknot-cli-XXXXXX";
+
+/* Output of both streams. arguments may use $D, the directory of the test's files. */
+static int run(const char *arguments, char *output, size_t room)
+{
+    char command[2048];
+    (void)snprintf(command, sizeof(command),
+                   "D=%s; REDKNOT_COORDINATOR=127.0.0.1:1 " REDKNOT_BINARY_DIR
+                   "/bin/redknot %s 2>&1 </dev/null",
+                   dir, arguments);
+    FILE *pipe = popen(command, "r");
+    assert_non_null(pipe);
+    size_t bytes = fread(output, 1, room - 1, pipe);
+    output[bytes] = 0;
+    int status = pclose(pipe);
+    assert_true(WIFEXITED(status));
+    return WEXITSTATUS(status);
+}
+
+static void write_file(const char *name, const char *text, size_t bytes)
+{
+    char path[128];
+    (void)snprintf(path, sizeof(path), "%s/%s", dir, name);
+    FILE *file = fopen(path, "wb");
+    assert_non_null(file);
+    assert_int_equal(fwrite(text, 1, bytes, file), bytes);
+    assert_int_equal(fclose(file), 0);
+}
+
+static int make_files(void **state)
+{
+    (void)state;
+    if (!mkdtemp(dir)) {
+        return -1;
+    }
+    write_file("empty.txt", "", 0);
+    write_file("nul.txt", "a\0b", 3);
+    write_file("latin1.txt", "caf\xE9\n", 5);
+    write_file("text.txt", "Some text.\n", 11);
+    write_file("bad.json", "{\"requests\": [{\"segments\": 3}]}", 31);
+    return 0;
+}
+
+static int remove_files(void **state)
+{
+    (void)state;
+    static const char *const names[] = {"empty.txt", "nul.txt",  "latin1.txt",
+                                        "text.txt",  "bad.json", "cluster.json"};
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
+        char path[128];
+        (void)snprintf(path, sizeof(path), "%s/%s", dir, names[i]);
+        (void)unlink(path);
+    }
+    return rmdir(dir);
+}
+
+static void exit_codes_and_messages(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *arguments;
+        int code;
+        const char *contains;
+    } cases[] = {
+        {"--version", 0, "redknot 0.1.0"},
+        {"--help", 0, "generate"},
+        {"put --help", 0, "--coordinator"},
+        {"up --help", 0, "--base-port"},
+        {"eval --help", 0, "continuation"},
+        {"", 2, "Usage"},
+        {"nonsense", 2, "nonsense: no such command"},
+        {"put", 2, "no file given"},
+        {"put --nonsense x", 2, "nonsense"},
+        {"generate", 2, "no --prompt given"},
+        {"generate --prompt x --max-tokens 0", 2, "--max-tokens"},
+        {"generate --prompt x --temperature hot", 2, "--temperature"},
+        {"generate --prompt x --fidelity 'A B'", 2, "A B"},
+        {"generate --prompt x stray", 2, "stray"},
+        {"drop", 2, "no segment id given"},
+        {"drop 12ab", 2, "12ab"},
+        {"eval", 2, "no file given"},
+        {"up --workers 0", 2, "--workers"},
+        {"up --dram lots", 2, "--dram"},
+        {"up --mode f16", 2, "--mode"},
+        {"put $D/absent.txt", 1, "absent.txt: No such file"},
+        {"put $D", 1, "it is a directory"},
+        {"put $D/empty.txt", 1, "empty.txt: the file is empty"},
+        {"put $D/nul.txt", 1, "NUL byte"},
+        {"put $D/latin1.txt", 1, "not UTF-8"},
+        {"put $D/text.txt", 1, "127.0.0.1:1 does not answer"},
+        {"generate --prompt x --segment $D/absent.txt", 1, "absent.txt: No such file"},
+        {"generate --prompt x", 1, "127.0.0.1:1 does not answer"},
+        {"status", 1, "127.0.0.1:1 does not answer"},
+        {"status --coordinator 127.0.0.1:2", 1, "127.0.0.1:2 does not answer"},
+        {"eval $D/absent.json", 1, "absent.json: No such file"},
+        {"eval $D/bad.json", 1, "bad.json: request 0: \"segments\""},
+        {"up --dir $D/up --model /nonexistent.gguf", 1, "/nonexistent.gguf: No such file"},
+        {"demo --examples $D", 1, "questions.json"},
+        {"down --dir $D", 0, "stopped 0"},
+    };
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        char output[8192];
+        int code = run(cases[i].arguments, output, sizeof(output));
+        if (code != cases[i].code || !strstr(output, cases[i].contains)) {
+            print_error("redknot %s: exit %d, wanted %d and \"%s\", got:\n%s\n", cases[i].arguments,
+                        code, cases[i].code, cases[i].contains, output);
+            fail();
+        }
+        if (cases[i].code == 1) { /* One line, and it begins with the program's name. */
+            assert_memory_equal(output, "redknot: ", 9);
+            assert_ptr_equal(strchr(output, '\n'), output + strlen(output) - 1);
+        }
+    }
+}
+
+/* A recorded pid that another process has now: it must not be hit. */
+static void down_spares_a_reused_pid(void **state)
+{
+    (void)state;
+    char output[1024];
+    char text[1024];
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        (void)execlp("sleep", "sleep", "30", (char *)NULL);
+        _exit(127);
+    }
+    (void)snprintf(text, sizeof(text),
+                   "{\"version\": 1, \"processes\": [{\"kind\": 0, \"node_id\": \"coordinator\","
+                   " \"pid\": %d, \"start_time\": 1, \"program\": \"/bin/redknot-coordinator\","
+                   " \"address\": \"127.0.0.1:1\", \"metrics\": \"127.0.0.1:2\","
+                   " \"log\": \"x\"}]}",
+                   (int)child);
+    write_file("cluster.json", text, strlen(text));
+    assert_int_equal(run("down --dir $D", output, sizeof(output)), 0);
+    assert_non_null(strstr(output, "stopped 0"));
+    assert_int_equal(waitpid(child, NULL, WNOHANG), 0); /* It lives. */
+    assert_int_equal(kill(child, 9), 0);
+    assert_int_equal(waitpid(child, NULL, 0), child);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {cmocka_unit_test(exit_codes_and_messages),
+                                       cmocka_unit_test(down_spares_a_reused_pid)};
+    return cmocka_run_group_tests(tests, make_files, remove_files);
+}

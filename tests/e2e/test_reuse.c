@@ -1,0 +1,251 @@
+/*
+ * Goal:   reuse is right on a whole cluster: `exact` with a warm cache is bit-equal to computing
+ *         without one, on any worker; `fast` reuses segments in another order; reports tell the
+ *         truth about what was reused, fetched and by which path.
+ * Method: real processes; random requests over golden texts (printed seed), scored and generated
+ *         at `full` without publishing and at `exact`, compared byte by byte.
+ */
+#include "tests/e2e/cluster.h"
+#include "tests/e2e/documents.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#define SEGMENTS_MAX 4
+#define TOKENS_MAX   100
+#define PROMPT_MAX   20
+#define FORCED       4
+#define GENERATED    4
+#define LIBRARY      8 /* documents that the random requests draw from */
+
+static uint64_t seed;
+
+struct library {
+    int32_t ids[LIBRARY][TOKENS_MAX + 8];
+    size_t count[LIBRARY];
+};
+
+struct rows {
+    float *data;
+    size_t vocab;
+    uint32_t num_rows;
+};
+
+static bool keep_row(void *context, uint32_t row, const float *logprobs, size_t vocab)
+{
+    struct rows *rows = context;
+    if (!rows->data) {
+        rows->vocab = vocab;
+        rows->data = malloc(FORCED * vocab * sizeof(float));
+    }
+    assert_int_equal(row, rows->num_rows);
+    assert_true(row < FORCED);
+    memcpy(rows->data + row * vocab, logprobs, vocab * sizeof(float));
+    rows->num_rows++;
+    return true;
+}
+
+static void make_library(uint64_t *state, struct library *library)
+{
+    for (int i = 0; i < LIBRARY; i++) {
+        library->count[i] = 1 + documents_random(state) % TOKENS_MAX;
+        documents_cut(state, library->count[i], library->ids[i]);
+    }
+}
+
+static size_t draw_segments(uint64_t *state, const struct library *library,
+                            struct rk_segment_input *ret_segments)
+{
+    size_t count = 1 + documents_random(state) % SEGMENTS_MAX;
+    for (size_t i = 0; i < count; i++) {
+        size_t document = documents_random(state) % LIBRARY;
+        ret_segments[i] = (struct rk_segment_input){.token_ids = library->ids[document],
+                                                    .num_tokens = library->count[document]};
+    }
+    return count;
+}
+
+static void score_rows(struct rk_client *client, struct rk_score_request *request,
+                       const char *level, struct rows *ret_rows, struct rk_report *ret_report)
+{
+    struct rk_error error = {.text = ""};
+    request->level = level;
+    memset(ret_rows, 0, sizeof(*ret_rows));
+    enum rk_status status =
+        rk_client_score(client, request, keep_row, ret_rows, ret_report, &error);
+    if (status != RK_OK) {
+        fail_msg("score at %s: %s", level, error.text);
+    }
+    assert_int_equal(ret_rows->num_rows, FORCED);
+}
+
+/* The writer publishes the chain; the reader then finds all of it. */
+static void compare_tokens(struct rk_client *writer, struct rk_client *reader,
+                           struct rk_generate_request *request, uint32_t *ret_reused)
+{
+    struct rk_client *askers[2] = {writer, reader};
+    struct answer cold;
+    request->level = "full";
+    request->no_publish = true;
+    ask(writer, request, &cold);
+    assert_int_equal(cold.status, RK_OK);
+    assert_int_equal(cold.report.tokens_reused, 0);
+    request->level = "exact";
+    request->no_publish = false;
+    for (int i = 0; i < 2; i++) {
+        struct answer warm;
+        ask(askers[i], request, &warm);
+        assert_int_equal(warm.status, RK_OK);
+        assert_int_equal(warm.num_tokens, cold.num_tokens);
+        assert_memory_equal(warm.tokens, cold.tokens, cold.num_tokens * sizeof(cold.tokens[0]));
+        *ret_reused += warm.report.tokens_reused;
+        answer_clear(&warm);
+    }
+    answer_clear(&cold);
+}
+
+static void exact_equals_full(const char *mode, const char *path, int requests)
+{
+    static struct library library;
+    struct cluster cluster;
+    struct cluster_options options = {.num_workers = 2, .mode = mode, .path = path};
+    uint64_t state = seed;
+    uint32_t reused = 0;
+    cluster_start(&cluster, &options);
+    make_library(&state, &library);
+    struct rk_client *clients[2] = {cluster_client(&cluster, 0), cluster_client(&cluster, 1)};
+    for (int i = 0; i < requests; i++) {
+        struct rk_segment_input segments[SEGMENTS_MAX];
+        int32_t prompt[PROMPT_MAX];
+        int32_t forced[FORCED];
+        size_t count = draw_segments(&state, &library, segments);
+        size_t num_prompt = 1 + documents_random(&state) % PROMPT_MAX;
+        documents_cut(&state, num_prompt, prompt);
+        documents_cut(&state, FORCED, forced);
+        struct rk_generate_request generate = {
+            .segments = segments,
+            .num_segments = count,
+            .prompt = {.token_ids = prompt, .num_tokens = num_prompt},
+            .max_tokens = GENERATED,
+            .raw = true,
+            .ignore_eos = true};
+        struct rk_score_request score = {
+            .segments = segments,
+            .num_segments = count,
+            .prompt = generate.prompt,
+            .continuation = {.token_ids = forced, .num_tokens = FORCED}};
+        compare_tokens(clients[i % 2], clients[1 - i % 2], &generate, &reused);
+        struct rows full;
+        struct rows exact;
+        struct rk_report reports[2] = {0};
+        score_rows(clients[i % 2], &score, "full", &full, &reports[0]);
+        score_rows(clients[1 - i % 2], &score, "exact", &exact, &reports[1]);
+        assert_int_equal(reports[1].tokens_computed, num_prompt);
+        assert_string_equal(reports[1].path, path ? path : "shm");
+        if (memcmp(full.data, exact.data, FORCED * full.vocab * sizeof(float)) != 0) {
+            fail_msg("request %d (seed %llu): log-probabilities differ", i,
+                     (unsigned long long)seed);
+        }
+        free(full.data);
+        free(exact.data);
+        rk_report_clear(&reports[0]);
+        rk_report_clear(&reports[1]);
+    }
+    assert_true(reused > 0);
+    rk_client_destroy(clients[0]);
+    rk_client_destroy(clients[1]);
+    cluster_stop(&cluster);
+}
+
+static void exact_equals_full_over_shared_memory(void **state)
+{
+    (void)state;
+    exact_equals_full(NULL, NULL, 50);
+}
+
+static void exact_equals_full_in_f32_over_grpc(void **state)
+{
+    (void)state;
+    exact_equals_full("f32", "grpc", 10);
+}
+
+/* Documents stored one way round and asked for the other way round, by a worker that never
+ * computed them. */
+static void fast_reuses_in_another_order(void **unused)
+{
+    (void)unused;
+    static struct library library;
+    struct cluster cluster;
+    struct cluster_options options = {.num_workers = 2};
+    struct rk_put_result put;
+    struct rk_segment_input segments[3];
+    struct answer answer;
+    struct answer again;
+    uint64_t state = seed + 1;
+    cluster_start(&cluster, &options);
+    make_library(&state, &library);
+    struct rk_client *writer = cluster_client(&cluster, 0);
+    struct rk_client *reader = cluster_client(&cluster, 1);
+    for (int i = 0; i < 3; i++) {
+        library.count[i] = 100 + (size_t)i;
+        documents_cut(&state, library.count[i], library.ids[i]);
+        segments[i] = (struct rk_segment_input){.token_ids = library.ids[2 - i],
+                                                .num_tokens = 100 + (size_t)(2 - i)};
+    }
+    for (int i = 0; i < 3; i++) {
+        struct rk_segment_input segment = {.token_ids = library.ids[i],
+                                           .num_tokens = library.count[i]};
+        assert_int_equal(rk_client_put_segment(writer, &segment, NULL, 0, NULL, NULL, &put, NULL),
+                         RK_OK);
+        assert_false(put.already_stored);
+        assert_int_equal(put.num_tokens, library.count[i]);
+        assert_int_equal(rk_client_put_segment(reader, &segment, NULL, 0, NULL, NULL, &put, NULL),
+                         RK_OK);
+        assert_true(put.already_stored);
+    }
+    struct rk_generate_request request = {.segments = segments,
+                                          .num_segments = 3,
+                                          .prompt = {.token_ids = library.ids[5], .num_tokens = 10},
+                                          .level = "fast",
+                                          .raw = true,
+                                          .ignore_eos = true,
+                                          .max_tokens = GENERATED};
+    ask(reader, &request, &answer);
+    assert_int_equal(answer.status, RK_OK);
+    assert_string_equal(answer.report.segments[0].source, "chain");
+    assert_string_equal(answer.report.segments[1].source, "segment");
+    assert_int_equal(answer.report.tokens_computed, 2 * 4 + 10);
+    assert_int_equal(answer.report.tokens_reused, 303 - 8);
+    assert_string_equal(answer.report.path, "shm");
+    assert_true(answer.report.flops < 0.2 * answer.report.flops_full);
+    /* The answer does not depend on what is cached: nothing is, under another salt. */
+    request.salt = "other";
+    request.salt_bytes = 5;
+    ask(reader, &request, &again);
+    assert_int_equal(again.status, RK_OK);
+    assert_int_equal(again.report.tokens_reused, 0);
+    assert_memory_equal(again.tokens, answer.tokens, sizeof(answer.tokens[0]) * GENERATED);
+    answer_clear(&answer);
+    answer_clear(&again);
+    rk_client_destroy(writer);
+    rk_client_destroy(reader);
+    cluster_stop(&cluster);
+}
+
+int main(void)
+{
+    const char *given = getenv("REDKNOT_TEST_SEED");
+    seed = given ? strtoull(given, NULL, 10) : 20261123;
+    print_message("seed %llu (REDKNOT_TEST_SEED)\n", (unsigned long long)seed);
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(exact_equals_full_over_shared_memory),
+        cmocka_unit_test(exact_equals_full_in_f32_over_grpc),
+        cmocka_unit_test(fast_reuses_in_another_order),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

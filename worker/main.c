@@ -1,0 +1,431 @@
+/* redknot-worker: arguments, start in order, wait for a signal, stop in reverse. */
+#include "client/kv_client.h"
+#include "common/base/alloc.h"
+#include "common/base/clock.h"
+#include "common/base/log.h"
+#include "common/base/service.h"
+#include "common/metrics/metrics.h"
+#include "common/rpc/rpc.h"
+#include "worker/api/api.h"
+#include "worker/engine/engine.h"
+#include "worker/model/model.h"
+#include "worker/recovery/head_map.h"
+#include "worker/scheduler/scheduler.h"
+#include "worker/tokenizer/tokenizer.h"
+
+#include <argp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+struct arguments {
+    const char *model;
+    const char *listen;
+    const char *advertise;
+    const char *coordinator;
+    const char *metrics;
+    const char *node_id;
+    const char *head_map;
+    const char *log_level;
+    const char *mode;
+    const char *isa;
+    const char *path;
+    uint32_t threads;
+    uint32_t context_tokens;
+    uint32_t pool_tokens;
+    uint32_t requests_max;
+    uint32_t queue_max;
+    uint32_t fetch_timeout_ms;
+};
+
+enum option_key {
+    KEY_LISTEN = 256,
+    KEY_ADVERTISE,
+    KEY_METRICS,
+    KEY_NODE_ID,
+    KEY_HEAD_MAP,
+    KEY_LOG_LEVEL,
+    KEY_MODE,
+    KEY_ISA,
+    KEY_PATH,
+    KEY_CONTEXT,
+    KEY_POOL,
+    KEY_REQUESTS,
+    KEY_QUEUE,
+    KEY_FETCH_TIMEOUT,
+};
+
+static const struct argp_option argp_options[] = {
+    {"model", 'm', "FILE", 0, "Model, GGUF (required)", 0},
+    {"listen", KEY_LISTEN, "HOST:PORT", 0, "gRPC address (127.0.0.1:7301)", 0},
+    {"advertise", KEY_ADVERTISE, "HOST:PORT", 0,
+     "Address that others reach this worker at (the one it listens on)", 0},
+    {"coordinator", 'c', "HOST:PORT", 0, "Coordinator; without it nothing is cached", 0},
+    {"metrics", KEY_METRICS, "HOST:PORT", 0, "Metrics address (127.0.0.1:7302)", 0},
+    {"node-id", KEY_NODE_ID, "ID", 0, "Name in the cluster (worker-<host>-<random>)", 0},
+    {"threads", 't', "N", 0, "Threads of the engine (all cores)", 0},
+    {"mode", KEY_MODE, "bf16|f32", 0, "Precision (bf16 where the CPU is fast at it)", 0},
+    {"isa", KEY_ISA, "NAME", 0,
+     "Attention path: auto, reference, avx2, avx512, avx512_bf16, amx (auto)", 0},
+    {"context", KEY_CONTEXT, "TOKENS", 0, "Longest context (the model's)", 0},
+    {"pool-tokens", KEY_POOL, "TOKENS", 0, "Size of the KV page pool (twice the context)", 0},
+    {"requests-max", KEY_REQUESTS, "N", 0, "Requests computed side by side (8)", 0},
+    {"queue-max", KEY_QUEUE, "N", 0, "Requests that may wait (64)", 0},
+    {"head-map", KEY_HEAD_MAP, "FILE", 0,
+     "Head map, JSON: what each KV head's queries see at level fast", 0},
+    {"path", KEY_PATH, "auto|shm|grpc", 0, "Read path from stores (auto: the nearest)", 0},
+    {"fetch-timeout-ms", KEY_FETCH_TIMEOUT, "MS", 0, "A slower fetch counts as a miss (2000)", 0},
+    {"log-level", KEY_LOG_LEVEL, "LEVEL", 0, "debug, info, warn or error (info)", 0},
+    {0},
+};
+
+const char *argp_program_version = "redknot-worker " REDKNOT_VERSION;
+
+static uint32_t parse_number(struct argp_state *state, const char *name, const char *text,
+                             uint32_t min, uint32_t max)
+{
+    char *end = NULL;
+    unsigned long value = strtoul(text, &end, 10);
+    if (text[0] < '0' || text[0] > '9' || *end != '\0' || value < min || value > max) {
+        argp_error(state, "%s %s: a number from %u to %u is needed", name, text, min, max);
+    }
+    return (uint32_t)value;
+}
+
+static error_t parse_option(int key, char *text, struct argp_state *state)
+{
+    struct arguments *arguments = state->input;
+    switch (key) {
+    case 'm':
+        arguments->model = text;
+        break;
+    case 'c':
+        arguments->coordinator = text;
+        break;
+    case 't':
+        arguments->threads = parse_number(state, "--threads", text, 1, 1024);
+        break;
+    case KEY_LISTEN:
+        arguments->listen = text;
+        break;
+    case KEY_ADVERTISE:
+        arguments->advertise = text;
+        break;
+    case KEY_METRICS:
+        arguments->metrics = text;
+        break;
+    case KEY_NODE_ID:
+        arguments->node_id = text;
+        break;
+    case KEY_HEAD_MAP:
+        arguments->head_map = text;
+        break;
+    case KEY_LOG_LEVEL:
+        arguments->log_level = text;
+        break;
+    case KEY_MODE:
+        arguments->mode = text;
+        break;
+    case KEY_ISA:
+        arguments->isa = text;
+        break;
+    case KEY_PATH:
+        arguments->path = text;
+        break;
+    case KEY_CONTEXT:
+        arguments->context_tokens = parse_number(state, "--context", text, 64, 1 << 22);
+        break;
+    case KEY_POOL:
+        arguments->pool_tokens = parse_number(state, "--pool-tokens", text, 64, 1 << 26);
+        break;
+    case KEY_REQUESTS:
+        arguments->requests_max = parse_number(state, "--requests-max", text, 1, 32);
+        break;
+    case KEY_QUEUE:
+        arguments->queue_max = parse_number(state, "--queue-max", text, 1, 65536);
+        break;
+    case KEY_FETCH_TIMEOUT:
+        arguments->fetch_timeout_ms = parse_number(state, "--fetch-timeout-ms", text, 1, 600000);
+        break;
+    case ARGP_KEY_ARG:
+        argp_error(state, "unexpected argument \"%s\"", text);
+        break;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
+/* One word out of a list; its index. */
+static int parse_word(const char *option, const char *word, const char *const *words,
+                      struct rk_error *error)
+{
+    for (int i = 0; words[i]; i++) {
+        if (strcmp(word, words[i]) == 0) {
+            return i;
+        }
+    }
+    rk_error_set(error, RK_ERR_INVALID, "%s %s: unknown; see --help", option, word);
+    return -1;
+}
+
+/* Everything that runs, in the order of its start. */
+struct worker {
+    struct engine *engine;
+    struct tokenizer *tokenizer;
+    struct recovery_head_map *head_map;
+    struct rk_kv_client *kv;
+    struct scheduler *scheduler;
+    struct api *api;
+    struct rk_rpc_server *server;
+    struct rk_metrics_server *metrics;
+    struct api_membership *membership;
+    struct rk_id fingerprint;
+    uint64_t incarnation;
+    char *node_id;
+    char *address;
+    char *metrics_address;
+    char model_name[64];
+    enum kernels_mode mode;
+};
+
+static enum rk_status load_model(struct worker *worker, const struct arguments *arguments,
+                                 struct rk_error *error)
+{
+    static const char *const isas[] = {"auto",        "reference", "avx2", "avx512",
+                                       "avx512_bf16", "amx",       NULL};
+    static const char *const modes[] = {"f32", "bf16", NULL};
+    struct engine_options options = {.threads = arguments->threads,
+                                     .context_tokens = arguments->context_tokens,
+                                     .pool_tokens = arguments->pool_tokens};
+    int isa = parse_word("--isa", arguments->isa, isas, error);
+    int mode = arguments->mode ? parse_word("--mode", arguments->mode, modes, error)
+                               : (int)kernels_mode_default();
+    if (isa < 0 || mode < 0) {
+        return RK_ERR_INVALID;
+    }
+    options.isa = (enum kernels_isa)isa;
+    options.mode = (enum kernels_mode)mode;
+    worker->mode = options.mode;
+
+    struct model *model = NULL;
+    int64_t begin = rk_clock_ns();
+    enum rk_status status = model_open(arguments->model, &model, error);
+    if (status == RK_OK) {
+        memcpy(worker->model_name, model_config(model)->name, sizeof(worker->model_name));
+        worker->fingerprint =
+            model_fingerprint(model, options.mode == KERNELS_BF16 ? RK_DTYPE_BF16 : RK_DTYPE_F32);
+        status = tokenizer_create(model_vocabulary(model), &worker->tokenizer, error);
+    }
+    if (status == RK_OK) {
+        status = engine_create(model, &options, &worker->engine, error);
+    }
+    if (status == RK_OK && arguments->head_map) {
+        const struct model_config *config = model_config(model);
+        status = recovery_head_map_load(arguments->head_map, config->num_layers,
+                                        config->num_kv_heads, &worker->head_map, error);
+    }
+    model_close(model);
+    if (status == RK_OK) {
+        RK_LOG_INFO("model_loaded", "model=%q file=%q mode=%s attention=%s seconds=%.3f",
+                    worker->model_name, arguments->model, modes[mode],
+                    engine_isa_name(worker->engine), (double)(rk_clock_ns() - begin) * 1e-9);
+    }
+    return status;
+}
+
+static enum rk_status connect_cluster(struct worker *worker, const struct arguments *arguments,
+                                      struct rk_error *error)
+{
+    static const char *const paths[] = {"auto", "shm", "grpc", NULL};
+    int path = parse_word("--path", arguments->path, paths, error);
+    if (path < 0) {
+        return RK_ERR_INVALID;
+    }
+    if (!arguments->coordinator) {
+        RK_LOG_WARN("no_coordinator", "effect=%q", "nothing is cached; give --coordinator");
+        return RK_OK;
+    }
+    struct rk_kv_client_options options = {.coordinator = arguments->coordinator,
+                                           .path = (enum rk_path)path};
+    return rk_kv_client_create(&options, &worker->kv, error);
+}
+
+/* "host:port" with the port that was really bound. */
+static char *bound_address(const char *listen, int port)
+{
+    const char *colon = strrchr(listen, ':');
+    int host = colon ? (int)(colon - listen) : (int)strlen(listen);
+    return rk_alloc_format("%.*s:%d", host, listen, port);
+}
+
+static enum rk_status start_serving(struct worker *worker, const struct arguments *arguments,
+                                    struct rk_error *error)
+{
+    struct scheduler_options scheduler_options = {
+        .engine = worker->engine,
+        .tokenizer = worker->tokenizer,
+        .jobs_active_max = arguments->requests_max,
+        .jobs_queued_max = arguments->queue_max,
+    };
+    struct rk_rpc_server_options server_options = {.address = arguments->listen, .calls_max = 256};
+    struct api_options options = {
+        .node_id = worker->node_id,
+        .model_name = worker->model_name,
+        .incarnation = worker->incarnation,
+        .fingerprint = worker->fingerprint,
+        .engine = worker->engine,
+        .mode = worker->mode == KERNELS_BF16 ? "bf16" : "f32",
+        .threads = arguments->threads,
+        .tokenizer = worker->tokenizer,
+        .head_map = worker->head_map,
+        .kv = worker->kv,
+        .fetch_timeout_ms = (int)arguments->fetch_timeout_ms,
+    };
+    enum rk_status status = scheduler_start(&scheduler_options, &worker->scheduler, error);
+    if (status == RK_OK) {
+        options.scheduler = worker->scheduler;
+        status = api_create(&options, &worker->api, error);
+    }
+    if (status == RK_OK) {
+        status = rk_metrics_server_start(arguments->metrics, &worker->metrics, error);
+    }
+    if (status == RK_OK) {
+        status = rk_rpc_server_create(&server_options, &worker->server, error);
+    }
+    if (status == RK_OK) {
+        status = api_add_to_server(worker->api, worker->server);
+    }
+    if (status == RK_OK) {
+        status = rk_rpc_server_start(worker->server);
+    }
+    return status;
+}
+
+static enum rk_status join_cluster(struct worker *worker, const struct arguments *arguments,
+                                   struct rk_error *error)
+{
+    worker->address = arguments->advertise
+                          ? rk_alloc_string(arguments->advertise)
+                          : bound_address(arguments->listen, rk_rpc_server_port(worker->server));
+    worker->metrics_address =
+        bound_address(arguments->metrics, rk_metrics_server_port(worker->metrics));
+    if (!worker->address || !worker->metrics_address) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for an address");
+    }
+    RK_LOG_INFO("serving", "address=%s metrics=%s node=%s", worker->address,
+                worker->metrics_address, worker->node_id);
+    if (!arguments->coordinator) {
+        return RK_OK;
+    }
+    struct api_membership_options options = {
+        .coordinator = arguments->coordinator,
+        .node_id = worker->node_id,
+        .incarnation = worker->incarnation,
+        .grpc_address = worker->address,
+        .metrics_address = worker->metrics_address,
+        .model_name = worker->model_name,
+        .fingerprint = worker->fingerprint,
+    };
+    return api_membership_start(&options, &worker->membership, error);
+}
+
+static void stop_all(struct worker *worker)
+{
+    api_membership_stop(worker->membership);
+    if (worker->server) {
+        rk_rpc_server_stop(worker->server, 2000);
+    }
+    rk_rpc_server_destroy(worker->server);
+    scheduler_stop(worker->scheduler);
+    api_destroy(worker->api);
+    rk_metrics_server_stop(worker->metrics);
+    rk_kv_client_destroy(worker->kv);
+    recovery_head_map_destroy(worker->head_map);
+    tokenizer_destroy(worker->tokenizer);
+    engine_destroy(worker->engine);
+    rk_free(worker->node_id);
+    rk_free(worker->address);
+    rk_free(worker->metrics_address);
+}
+
+static enum rk_status start_all(struct worker *worker, const struct arguments *arguments,
+                                struct rk_error *error)
+{
+    worker->incarnation = rk_service_incarnation();
+    worker->node_id =
+        arguments->node_id ? rk_alloc_string(arguments->node_id) : rk_service_node_id("worker");
+    if (!worker->node_id) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for the node's name");
+    }
+    enum rk_status status = load_model(worker, arguments, error);
+    if (status == RK_OK) {
+        status = connect_cluster(worker, arguments, error);
+    }
+    if (status == RK_OK) {
+        status = start_serving(worker, arguments, error);
+    }
+    return status == RK_OK ? join_cluster(worker, arguments, error) : status;
+}
+
+/* Idle threads of the engine must not spin: several processes share the cores. libgomp reads its
+ * environment before main, so the program starts itself once more. */
+static void limit_spinning(char **argv)
+{
+    char path[4096];
+    if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) {
+        return;
+    }
+    ssize_t length = readlink("/proc/self/exe", path, sizeof(path) - 1);
+    if (length > 0) {
+        path[length] = '\0';
+        setenv("GOMP_SPINCOUNT", "20000", 1);
+        execv(path, argv); /* Failing that, it runs as it is. */
+    }
+}
+
+int main(int argc, char **argv)
+{
+    static const struct argp argp = {
+        argp_options,
+        parse_option,
+        NULL,
+        "Prefill and decode over KV segments, reused at any position.\v"
+        "Example: redknot-worker --model SmolLM2.gguf --coordinator 127.0.0.1:7100",
+        NULL,
+        NULL,
+        NULL};
+    struct arguments arguments = {.listen = "127.0.0.1:7301",
+                                  .metrics = "127.0.0.1:7302",
+                                  .log_level = "info",
+                                  .isa = "auto",
+                                  .path = "auto"};
+    struct worker worker = {0};
+    struct rk_error error = {.text = ""};
+    enum rk_log_level level = RK_LOG_LEVEL_INFO;
+    limit_spinning(argv);
+    rk_service_init();
+    argp_parse(&argp, argc, argv, 0, NULL, &arguments);
+    if (!arguments.model) {
+        (void)fprintf(stderr, "redknot-worker: no model: give --model FILE.gguf\n");
+        return 2;
+    }
+    if (!rk_log_level_parse(arguments.log_level, &level)) {
+        (void)fprintf(stderr, "redknot-worker: --log-level %s: use debug, info, warn or error\n",
+                      arguments.log_level);
+        return 2;
+    }
+    rk_log_init("worker", level);
+    if (arguments.threads == 0) {
+        arguments.threads = (uint32_t)sysconf(_SC_NPROCESSORS_ONLN);
+    }
+    enum rk_status status = start_all(&worker, &arguments, &error);
+    if (status == RK_OK) {
+        RK_LOG_INFO("stopping", "signal=%d", rk_service_wait());
+    } else {
+        (void)fprintf(stderr, "redknot-worker: %s\n", error.text);
+    }
+    stop_all(&worker);
+    return status == RK_OK ? 0 : 1;
+}
