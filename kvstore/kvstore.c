@@ -120,6 +120,7 @@ void kvstore_staged_add(struct kvstore *store, struct slot *slot, struct kvstore
 /* The slot stays, even if it is empty now: the caller goes on with it. */
 void kvstore_staged_take(struct kvstore *store, struct kvstore_shard *shard)
 {
+    RK_ASSERT(shard->slot != NULL);
     struct kvstore_shard **at = &shard->slot->staged;
     while (*at != shard) {
         RK_ASSERT(*at != NULL); /* It is in its slot's list. */

@@ -193,7 +193,6 @@ enum rk_status kernels_create(const struct kernels_options *options, struct kern
     if (status != RK_OK) {
         goto fail;
     }
-    status = RK_ERR_NO_MEMORY;
     if (kernels->mode == KERNELS_F32 || kernels->isa != KERNELS_ISA_AVX512) {
         status = matmul_create(kernels, &kernels->matmul, error);
         if (status != RK_OK) {

@@ -34,7 +34,9 @@ static void fill(struct check_case *c, enum kernels_mode mode)
         c->q[i] = 4 * next_value(&state);
     }
     for (size_t i = 0; i < (size_t)POSITIONS * HEAD_DIM / 2; i++) {
-        double angle = (double)(i / (HEAD_DIM / 2)) / (1.0 + (double)(i % (HEAD_DIM / 2)));
+        size_t position = i / (HEAD_DIM / 2);
+        size_t element = i % (HEAD_DIM / 2);
+        double angle = (double)position / (1.0 + (double)element);
         c->cos[i] = (float)cos(angle);
         c->sin[i] = (float)sin(angle);
     }

@@ -250,6 +250,9 @@ static enum rk_status fill_extents(struct recovery_plan *plan, const struct rk_k
         uint32_t num_pages = rk_kv_pages(plan->runs[i].num_tokens);
         pages_max = num_pages > pages_max ? num_pages : pages_max;
     }
+    if (pages_max == 0) {
+        return RK_OK; /* A prompt alone. */
+    }
     needs = rk_alloc_zero(pages_max, sizeof(*needs));
     if (!needs) {
         return RK_ERR_NO_MEMORY;
