@@ -81,3 +81,16 @@ function(redknot_fuzz name)
   target_link_libraries(${name} PRIVATE redknot_flags ${ARG_LINK})
   target_link_options(${name} PRIVATE -fsanitize=fuzzer)
 endfunction()
+
+# redknot_fuzz_seeds(FUZZ_NAME SOURCES...): a program that writes first inputs into a folder;
+# tests/fuzz/run.sh calls it.
+function(redknot_fuzz_seeds name)
+  if(NOT REDKNOT_FUZZ)
+    return()
+  endif()
+  cmake_parse_arguments(ARG "" "" "LINK" ${ARGN})
+  add_executable(${name}_seeds ${ARG_UNPARSED_ARGUMENTS})
+  set_target_properties(${name}_seeds PROPERTIES
+    RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/fuzz/seeds)
+  target_link_libraries(${name}_seeds PRIVATE redknot_flags ${ARG_LINK})
+endfunction()

@@ -1,9 +1,12 @@
-/* message: a shard's header as the protobuf message, for replies and announcements. */
+/*
+ * message: what redknot.v1.KvStore's messages mean: a shard's header into one, and names, headers
+ * and extents out of them. What comes from a peer is checked here or by the store.
+ */
 #ifndef RK_KVSTORE_MESSAGE_INTERNAL_H
 #define RK_KVSTORE_MESSAGE_INTERNAL_H
 
 #include "kvstore/kvstore.h"
-#include "redknot/v1/common.pb-c.h"
+#include "redknot/v1/kvstore.pb-c.h"
 
 /* The message and what it points to. */
 struct shard_message {
@@ -15,5 +18,19 @@ struct shard_message {
 /* Borrows the header's ids and node_id. */
 void shard_message_fill(struct shard_message *message, const struct kvstore_header *header,
                         const char *node_id);
+
+bool message_id_read(const ProtobufCBinaryData *bytes, struct rk_id *ret_id);
+RK_MUST_CHECK enum rk_status message_name_read(const ProtobufCBinaryData *segment_id,
+                                               uint64_t generation, uint32_t shard_index,
+                                               struct kvstore_name *ret_name,
+                                               struct rk_error *error);
+/* Text and tokens stay the message's. */
+RK_MUST_CHECK enum rk_status message_header_read(const Redknot__V1__PutShardRequest__Header *wire,
+                                                 struct kvstore_header *ret_header,
+                                                 struct rk_error *error);
+/* The caller frees *ret_extents; *ret_pages is their sum, bounded. */
+RK_MUST_CHECK enum rk_status message_extents_read(const Redknot__V1__GetPagesRequest *request,
+                                                  struct rk_extent **ret_extents,
+                                                  uint64_t *ret_pages, struct rk_error *error);
 
 #endif

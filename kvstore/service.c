@@ -9,66 +9,8 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#define EXTENTS_MAX      65536u
-#define PAGES_MAX        (1u << 20) /* of one get */
 #define CHUNK_BYTES      (1u << 20) /* of pages in one message, or one page */
 #define VARINT_BYTES_MAX 10u
-
-/* ---- Reading messages ---- */
-
-static bool id_read(const ProtobufCBinaryData *bytes, struct rk_id *ret_id)
-{
-    if (bytes->len != RK_ID_BYTES) {
-        return false;
-    }
-    memcpy(ret_id->bytes, bytes->data, RK_ID_BYTES);
-    return true;
-}
-
-static enum rk_status name_read(const ProtobufCBinaryData *segment_id, uint64_t generation,
-                                uint32_t shard_index, struct kvstore_name *ret_name,
-                                struct rk_error *error)
-{
-    *ret_name = (struct kvstore_name){.generation = generation, .shard_index = shard_index};
-    if (!id_read(segment_id, &ret_name->segment_id)) {
-        return rk_error_set(error, RK_ERR_INVALID, "a segment id has %d bytes, not %zu",
-                            RK_ID_BYTES, segment_id->len);
-    }
-    return RK_OK;
-}
-
-static enum rk_status header_read(const Redknot__V1__PutShardRequest__Header *wire,
-                                  struct kvstore_header *ret_header, struct rk_error *error)
-{
-    const Redknot__V1__Shard *shard = wire->shard;
-    if (!shard || !shard->layout || !shard->heads || shard->layout->page_tokens != RK_PAGE_TOKENS ||
-        !id_read(&shard->segment_id, &ret_header->segment_id) ||
-        !id_read(&shard->fingerprint, &ret_header->fingerprint)) {
-        return rk_error_set(error, RK_ERR_INVALID,
-                            "the first message needs a shard with ids of %d bytes, heads, and a "
-                            "layout of %d tokens a page",
-                            RK_ID_BYTES, RK_PAGE_TOKENS);
-    }
-    ret_header->generation = shard->generation;
-    ret_header->shard_index = shard->shard_index;
-    ret_header->num_shards = shard->num_shards;
-    ret_header->num_tokens = shard->num_tokens;
-    ret_header->heads = (struct rk_head_range){.layer_begin = shard->heads->layer_begin,
-                                               .layer_end = shard->heads->layer_end,
-                                               .kv_head_begin = shard->heads->kv_head_begin,
-                                               .kv_head_end = shard->heads->kv_head_end};
-    ret_header->layout = (struct rk_kv_layout){.num_layers = shard->layout->num_layers,
-                                               .num_kv_heads = shard->layout->num_kv_heads,
-                                               .head_dim = shard->layout->head_dim,
-                                               .dtype = (enum rk_dtype)shard->layout->dtype};
-    if (wire->n_token_ids > RK_SEGMENT_TOKENS_MAX) {
-        return rk_error_set(error, RK_ERR_INVALID, "more token ids than a segment can have");
-    }
-    ret_header->token_ids = (const int32_t *)wire->token_ids;
-    ret_header->num_token_ids = (uint32_t)wire->n_token_ids;
-    ret_header->label = wire->label;
-    return RK_OK;
-}
 
 /* ---- Put ---- */
 
@@ -87,7 +29,7 @@ static enum rk_status put_begin(struct kvstore_service *service, struct rk_rpc_c
     }
     const Redknot__V1__PutShardRequest *request = (const Redknot__V1__PutShardRequest *)message;
     if (request->part_case == REDKNOT__V1__PUT_SHARD_REQUEST__PART_HEADER) {
-        status = header_read(request->header, &header, error);
+        status = message_header_read(request->header, &header, error);
     } else {
         status = rk_error_set(error, RK_ERR_INVALID, "the first message must be the header");
     }
@@ -159,8 +101,8 @@ static enum rk_status handle_commit_shard(struct rk_rpc_call *call, void *contex
     }
     const Redknot__V1__CommitShardRequest *request =
         (const Redknot__V1__CommitShardRequest *)message;
-    status =
-        name_read(&request->segment_id, request->generation, request->shard_index, &name, error);
+    status = message_name_read(&request->segment_id, request->generation, request->shard_index,
+                               &name, error);
     rk_rpc_message_free(message);
     if (status == RK_OK) {
         status = kvstore_commit(service->store, &name, error);
@@ -185,8 +127,8 @@ static enum rk_status handle_abort_shard(struct rk_rpc_call *call, void *context
         return status;
     }
     const Redknot__V1__AbortShardRequest *request = (const Redknot__V1__AbortShardRequest *)message;
-    status =
-        name_read(&request->segment_id, request->generation, request->shard_index, &name, error);
+    status = message_name_read(&request->segment_id, request->generation, request->shard_index,
+                               &name, error);
     rk_rpc_message_free(message);
     if (status != RK_OK) {
         return status;
@@ -210,8 +152,8 @@ static enum rk_status handle_drop_shard(struct rk_rpc_call *call, void *context,
         return status;
     }
     const Redknot__V1__DropShardRequest *request = (const Redknot__V1__DropShardRequest *)message;
-    status =
-        name_read(&request->segment_id, request->generation, request->shard_index, &name, error);
+    status = message_name_read(&request->segment_id, request->generation, request->shard_index,
+                               &name, error);
     rk_rpc_message_free(message);
     if (status != RK_OK) {
         return status;
@@ -350,36 +292,6 @@ static enum rk_status pages_send(struct kvstore_service *service, struct rk_rpc_
     return status;
 }
 
-static enum rk_status extents_read(const Redknot__V1__GetPagesRequest *request,
-                                   struct rk_extent **ret_extents, uint64_t *ret_pages,
-                                   struct rk_error *error)
-{
-    if (request->n_extents > EXTENTS_MAX) {
-        return rk_error_set(error, RK_ERR_TOO_LONG, "more than %u extents in one get", EXTENTS_MAX);
-    }
-    struct rk_extent *extents = rk_alloc_zero(request->n_extents, sizeof(*extents));
-    if (!extents) {
-        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for %zu extents",
-                            request->n_extents);
-    }
-    uint64_t pages = 0;
-    for (size_t i = 0; i < request->n_extents; i++) {
-        const Redknot__V1__Extent *wire = request->extents[i];
-        extents[i] = (struct rk_extent){.layer = wire->layer,
-                                        .kv_head = wire->kv_head,
-                                        .page_begin = wire->page_begin,
-                                        .page_end = wire->page_end};
-        pages += wire->page_end > wire->page_begin ? wire->page_end - wire->page_begin : 0;
-    }
-    if (pages > PAGES_MAX) {
-        rk_free(extents);
-        return rk_error_set(error, RK_ERR_TOO_LONG, "more than %u pages in one get", PAGES_MAX);
-    }
-    *ret_extents = extents;
-    *ret_pages = pages;
-    return RK_OK;
-}
-
 /* With the pin taken: finds the pages and sends them. */
 static enum rk_status get_send(struct kvstore_service *service, struct rk_rpc_call *call,
                                struct get_hold *hold, const Redknot__V1__GetPagesRequest *request,
@@ -387,7 +299,7 @@ static enum rk_status get_send(struct kvstore_service *service, struct rk_rpc_ca
 {
     struct rk_extent *extents = NULL;
     uint64_t num_pages = 0;
-    enum rk_status status = extents_read(request, &extents, &num_pages, error);
+    enum rk_status status = message_extents_read(request, &extents, &num_pages, error);
     if (status != RK_OK) {
         return status;
     }
@@ -417,12 +329,12 @@ static enum rk_status get_pages(struct kvstore_service *service, struct rk_rpc_c
 {
     struct kvstore_name name;
     struct rk_id fingerprint;
-    enum rk_status status =
-        name_read(&request->segment_id, request->generation, request->shard_index, &name, error);
+    enum rk_status status = message_name_read(&request->segment_id, request->generation,
+                                              request->shard_index, &name, error);
     if (status != RK_OK) {
         return status;
     }
-    if (!id_read(&request->fingerprint, &fingerprint)) {
+    if (!message_id_read(&request->fingerprint, &fingerprint)) {
         return rk_error_set(error, RK_ERR_INVALID, "a fingerprint has %d bytes", RK_ID_BYTES);
     }
     struct get_hold *hold = rk_alloc_zero(1, sizeof(*hold));

@@ -9,6 +9,8 @@ export folder seconds work
 one() {
     name=$(basename "$1")
     mkdir -p "$work/$name"
+    seeds="$folder/seeds/${name}_seeds"
+    [ ! -x "$seeds" ] || "$seeds" "$work/$name"
     if "$1" -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=20 -print_final_stats=1 \
         -artifact_prefix="$work/$name." "$work/$name" >"$work/$name.log" 2>&1; then
         printf '%s: %s\n' "$name" "$(sed -n 's/^stat::number_of_executed_units: */runs /p' "$work/$name.log")"

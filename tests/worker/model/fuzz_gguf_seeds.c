@@ -25,7 +25,7 @@ int main(int argc, char **argv)
     static const char *const tokens[] = {"<s>", "a", "b", "ab", "\xc4\xa0"};
     static const char *const merges[] = {"a b"};
     if (argc != 2) {
-        (void)fprintf(stderr, "usage: write_seeds FOLDER\n");
+        (void)fprintf(stderr, "usage: fuzz_gguf_seeds FOLDER\n");
         return 2;
     }
     for (size_t i = 0; i < sizeof(types) / sizeof(types[0]); i++) {
