@@ -2,10 +2,10 @@
  * Goal:   no message of redknot.v1.KvStore, however broken, makes a store read or write out of
  *         bounds, leak, or keep room that nobody owns.
  * Method: the input is a stream of messages, each behind its length in two bytes: the header of a
- *         put, its chunks of pages, and then a get of the same shard. They go through protobuf, the
- *         readers of message.c and a real store of 64 KiB, as in service.c; in the end the store
- *         is emptied, and must be empty. A chunk without data stands for as many good pages as it
- *         has checksums, for no fuzzer guesses those.
+ *         put, its chunks of pages, an empty one, and then a get of the same shard. They go through
+ * protobuf, the readers of message.c and a real store of 64 KiB, as in service.c; in the end the
+ * store is emptied, and must be empty. A chunk without data stands for as many good pages as it has
+ * checksums, for no fuzzer guesses those.
  */
 #include "common/base/alloc.h"
 #include "common/base/hash.h"
@@ -83,24 +83,27 @@ static enum rk_status put_chunk(struct kvstore_put *put, const Redknot__V1__Page
                              chunk->n_checksums, NULL);
 }
 
-/* As many chunks as the shard needs. */
+/* An empty message ends the chunks. */
 static enum rk_status put_pages(struct kvstore_put *put, struct input *input)
 {
-    enum rk_status status = RK_OK;
-    while (status == RK_OK && kvstore_put_seal(put, NULL) != RK_OK) {
-        ProtobufCMessage *message =
-            message_next(input, &redknot__v1__put_shard_request__descriptor);
-        if (!message) {
-            return RK_ERR_INVALID;
-        }
+    const uint8_t *bytes = NULL;
+    size_t count = 0;
+    while (input_next(input, &bytes, &count) && count > 0) {
+        enum rk_status status = RK_ERR_INVALID;
+        ProtobufCMessage *message = protobuf_c_message_unpack(
+            &redknot__v1__put_shard_request__descriptor, NULL, count, bytes);
         const Redknot__V1__PutShardRequest *request = (const void *)message;
-        status = RK_ERR_INVALID;
-        if (request->part_case == REDKNOT__V1__PUT_SHARD_REQUEST__PART_PAGES) {
+        if (request && request->part_case == REDKNOT__V1__PUT_SHARD_REQUEST__PART_PAGES) {
             status = put_chunk(put, request->pages);
         }
-        protobuf_c_message_free_unpacked(message, NULL);
+        if (message) {
+            protobuf_c_message_free_unpacked(message, NULL);
+        }
+        if (status != RK_OK) {
+            return status;
+        }
     }
-    return status;
+    return kvstore_put_seal(put, NULL);
 }
 
 static void get(struct kvstore *store, struct input *input)

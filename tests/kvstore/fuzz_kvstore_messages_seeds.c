@@ -33,6 +33,8 @@ static void write_put(FILE *file, const struct kvstore_header *header)
     request.part_case = REDKNOT__V1__PUT_SHARD_REQUEST__PART_PAGES;
     request.pages = &chunk;
     message_write(file, &request.base);
+    (void)fputc(0, file); /* The end of the put. */
+    (void)fputc(0, file);
 }
 
 static void write_get(FILE *file, struct kvstore_header *header)
