@@ -140,7 +140,7 @@ struct kernels_attention {
     uint32_t num_kv_heads;
     uint32_t group;    /* query heads per KV head */
     uint32_t head_dim; /* 16..256, multiple of 16 */
-    float scale;       /* usually 1 / sqrt(head_dim) */
+    float scale;       /* above 0, usually 1 / sqrt(head_dim) */
     const struct kernels_rope *rope;
     const struct kernels_head_view *heads; /* [num_kv_heads] */
     const float *q;                        /* [rows][num_kv_heads * group][head_dim], not rotated */

@@ -181,16 +181,16 @@ static vector block_softmax(struct block *block, float scale, float scores[RK_PA
     vector sum = V_SET(0);
     for (uint32_t key = 0; key < RK_PAGE_TOKENS; key += 2) {
         vector p0 =
-            _mm512_maskz_mov_ps(key_mask(seen, key), V_EXP2(V_SUB(V_LOAD(scores[key]), from)));
+            _mm512_maskz_mov_ps(key_mask(seen, key), exp2_short(V_SUB(V_LOAD(scores[key]), from)));
         vector p1 = _mm512_maskz_mov_ps(key_mask(seen, key + 1),
-                                        V_EXP2(V_SUB(V_LOAD(scores[key + 1]), from)));
+                                        exp2_short(V_SUB(V_LOAD(scores[key + 1]), from)));
         sum = V_ADD(V_ADD(sum, p0), p1);
         __m512i low = _mm512_srli_epi32(_mm512_castps_si512(V_ROUND_BF16(p0)), 16);
         __m512i high = _mm512_castps_si512(V_ROUND_BF16(p1));
         _mm512_storeu_si512(p[key / 2], _mm512_or_si512(low, high));
     }
     __mmask16 none = _mm512_cmp_ps_mask(before, hidden, _CMP_EQ_OQ);
-    vector keep = _mm512_mask_blend_ps(none, V_EXP2(V_SUB(before, from)), V_SET(0));
+    vector keep = _mm512_mask_blend_ps(none, exp2_short(V_SUB(before, from)), V_SET(0));
     V_STORE(block->sum, V_FMA(V_LOAD(block->sum), keep, sum));
     V_STORE(block->max, max);
     return keep;

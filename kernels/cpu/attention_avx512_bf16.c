@@ -7,6 +7,7 @@
 
 #define ATTENTION      attention_avx512_bf16
 #define OPERAND_PAIRS  1
+#define V_EXP2(x)      exp2_short(x)
 #define V_OPERANDS(p)  _mm512_loadu_ps(p)
 #define V_BROADCAST(p) broadcast_pair(p)
 #define V_ACCUMULATE(c, a, b)                                                                      \

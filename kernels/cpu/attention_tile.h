@@ -25,7 +25,7 @@
 
 #include <math.h>
 
-#define GROUP_ROWS   6
+#define GROUP_ROWS   6 /* at most LANES */
 #define ALWAYS       static inline __attribute__((always_inline))
 #define SCORE_BLOCKS (RK_PAGE_TOKENS / LANES)
 #define UNROLL       _Pragma("GCC unroll 8")
@@ -107,56 +107,72 @@ ALWAYS void group_scores(const struct tile *tile, uint32_t rows, const uint16_t 
     }
 }
 
-ALWAYS void store_probabilities(const struct tile *tile, const float *p, operand *ret_p)
+ALWAYS void store_probabilities(const struct tile *tile, vector p, operand *ret_p)
 {
 #if OPERAND_PAIRS
-    for (uint32_t i = 0; i < SCORE_BLOCKS; i++) {
-        V_STORE_BF16(ret_p + (size_t)i * LANES, V_LOAD(p + (size_t)i * LANES));
-    }
     (void)tile;
+    V_STORE_BF16(ret_p, p);
 #else
-    bool round = tile->kernels->mode == KERNELS_BF16;
-    for (uint32_t i = 0; i < SCORE_BLOCKS; i++) {
-        vector value = V_LOAD(p + (size_t)i * LANES);
-        V_STORE(ret_p + (size_t)i * LANES, round ? V_ROUND_BF16(value) : value);
-    }
+    V_STORE(ret_p, tile->kernels->mode == KERNELS_BF16 ? V_ROUND_BF16(p) : p);
 #endif
 }
 
 /*
- * Scores of one row -> probabilities. Hidden scores are replaced before the
- * maximum is taken, so that garbage in dead rows of a page goes nowhere.
- * Returns the factor for what the row has summed so far.
+ * Scores of one row -> probabilities; `masked`: some keys are hidden. Hidden
+ * scores are replaced before the maximum is taken, so that garbage in dead rows
+ * of a page goes nowhere. Maxima are kept in units of log2. Gives the row's new
+ * maximum, and the sum of its probabilities.
  */
-ALWAYS float softmax(const struct tile *tile, uint32_t row, float *scores, operand *ret_p)
+ALWAYS void softmax(const struct tile *tile, uint32_t row, bool masked, const float *scores,
+                    operand *ret_p, float *ret_max, float *ret_sum)
 {
-    const float log2_e = 1.44269504f;
     uint64_t seen = tile->seen[row / tile->a->group];
-    vector scale = V_SET(tile->a->scale * log2_e);
+    float scale = tile->a->scale * 1.44269504f;
     vector hidden = V_SET(-INFINITY);
     vector top = hidden;
     vector s[SCORE_BLOCKS];
     UNROLL
     for (uint32_t i = 0; i < SCORE_BLOCKS; i++) {
-        s[i] = V_MUL(V_LOAD(scores + (size_t)i * LANES), scale);
-        s[i] = V_SELECT(seen >> (i * LANES), s[i], hidden);
+        s[i] = V_LOAD(scores + (size_t)i * LANES);
+        if (masked) {
+            s[i] = V_SELECT(seen >> (i * LANES), s[i], hidden);
+        }
         top = V_MAX(top, s[i]);
     }
-    float max = V_MAX_OF(top);
+    float max = V_MAX_OF(top) * scale;
     max = max > tile->max[row] ? max : tile->max[row];
-    vector max_all = V_SET(max);
+    vector factor = V_SET(scale);
+    vector shift = V_SET(-max);
     vector sum = V_SET(0.0f);
     UNROLL
     for (uint32_t i = 0; i < SCORE_BLOCKS; i++) {
-        s[i] = V_SELECT(seen >> (i * LANES), V_EXP2(V_SUB(s[i], max_all)), V_SET(0.0f));
+        s[i] = V_EXP2(V_FMA(s[i], factor, shift));
+        if (masked) {
+            s[i] = V_SELECT(seen >> (i * LANES), s[i], V_SET(0.0f));
+        }
         sum = V_ADD(sum, s[i]);
-        V_STORE(scores + (size_t)i * LANES, s[i]);
+        store_probabilities(tile, s[i], ret_p + (size_t)i * LANES);
     }
-    store_probabilities(tile, scores, ret_p);
-    float keep = exp2f(tile->max[row] - max);
-    tile->sum[row] = tile->sum[row] * keep + V_SUM(sum);
-    tile->max[row] = max;
-    return keep;
+    *ret_max = max;
+    *ret_sum = V_SUM(sum);
+}
+
+/* The factors for what the rows have summed so far; brings maxima and sums up to date. */
+ALWAYS void rescale(const struct tile *tile, uint32_t rows, const uint16_t *active,
+                    const float *max, const float *sum, float ret_keep[LANES])
+{
+    UNROLL
+    for (uint32_t r = 0; r < rows; r++) {
+        ret_keep[r] = tile->max[active[r]] - max[r];
+    }
+    /* Of a row that saw nothing before it is -inf. */
+    V_STORE(ret_keep, V_EXP2(V_MAX(V_LOAD(ret_keep), V_SET(-200.0f))));
+    UNROLL
+    for (uint32_t r = 0; r < rows; r++) {
+        uint32_t row = active[r];
+        tile->sum[row] = tile->sum[row] * ret_keep[r] + sum[r];
+        tile->max[row] = max[r];
+    }
 }
 
 ALWAYS void output_columns(const struct tile *tile, uint32_t rows, uint32_t cols,
@@ -190,15 +206,22 @@ ALWAYS void group(struct tile *tile, uint32_t rows, const uint16_t *active)
     _Alignas(64) float scores[GROUP_ROWS][RK_PAGE_TOKENS];
     _Alignas(64) operand p[GROUP_ROWS][RK_PAGE_TOKENS];
     const operand *p_rows[GROUP_ROWS];
-    float keep[GROUP_ROWS];
+    _Alignas(64) float keep[LANES] = {0};
+    float max[GROUP_ROWS];
+    float sum[GROUP_ROWS];
     uint32_t column = 0;
 
     group_scores(tile, rows, active, scores);
     UNROLL
     for (uint32_t r = 0; r < rows; r++) {
-        keep[r] = softmax(tile, active[r], scores[r], p[r]);
+        if (tile->seen[active[r] / tile->a->group] == UINT64_MAX) {
+            softmax(tile, active[r], false, scores[r], p[r], &max[r], &sum[r]);
+        } else {
+            softmax(tile, active[r], true, scores[r], p[r], &max[r], &sum[r]);
+        }
         p_rows[r] = p[r];
     }
+    rescale(tile, rows, active, max, sum, keep);
     for (; column + GROUP_COLS * LANES <= tile->a->head_dim; column += GROUP_COLS * LANES) {
         output_columns(tile, rows, GROUP_COLS, active, p_rows, keep, column);
     }

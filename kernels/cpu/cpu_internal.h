@@ -57,8 +57,9 @@ struct kernels {
     uint32_t threads;
     const struct elementwise_ops *ops;
     attention_path attention;
-    struct matmul *matmul; /* NULL: products are our own, in matmul_avx512.c */
-    float *inputs;         /* [KERNELS_ROWS_MAX][k] of the widest matrix: rounded input of these */
+    struct matmul *matmul;               /* oneDNN's part, or NULL */
+    const struct matmul_ops *matmul_ops; /* our own products, or NULL */
+    float *inputs; /* [KERNELS_ROWS_MAX][k] of the widest matrix: rounded input of these */
     size_t inputs_bytes;
     uint8_t *scratch; /* [threads][scratch_bytes], 64-byte aligned */
     size_t scratch_bytes;
@@ -88,7 +89,7 @@ struct kernels_matrix {
     uint32_t n;
     uint32_t k;
     void *data;
-    struct shape *shape; /* NULL: a matrix of matmul_avx512.c */
+    struct shape *shape; /* NULL: a matrix of matmul_tile.h */
     struct dnnl_memory *memory;
 };
 
@@ -103,10 +104,16 @@ void matmul_onednn(struct kernels *kernels, const struct kernels_matrix *matrix,
                    uint32_t rows, float *y);
 void matmul_onednn_row(const struct kernels_matrix *matrix, uint32_t row, float *ret_row);
 
-enum rk_status matmul_avx512_init(struct kernels_matrix *matrix, const float *w);
-void matmul_avx512(struct kernels *kernels, const struct kernels_matrix *matrix, const float *x,
-                   uint32_t rows, float *y);
-void matmul_avx512_row(const struct kernels_matrix *matrix, uint32_t row, float *ret_row);
+/* One build of matmul_tile.h. */
+struct matmul_ops {
+    const char *name;
+    enum rk_status (*init)(struct kernels_matrix *matrix, const float *w);
+    void (*run)(struct kernels *kernels, const struct kernels_matrix *matrix, const float *x,
+                uint32_t rows, float *y);
+    void (*row)(const struct kernels_matrix *matrix, uint32_t row, float *ret_row);
+};
+extern const struct matmul_ops matmul_avx512;
+extern const struct matmul_ops matmul_avx512_bf16;
 
 /* Round to nearest even; NaN stays NaN. */
 static inline uint16_t bf16_from_f32(float value)

@@ -103,14 +103,16 @@ struct isa {
     bool (*supported)(void); /* NULL: everywhere */
     attention_path attention;
     bool bf16_only;
+    const struct matmul_ops *matmul; /* of KERNELS_BF16; NULL: oneDNN */
 };
 
 static const struct isa isas[] = {
-    [KERNELS_ISA_REFERENCE] = {"reference", NULL, attention_reference, false},
-    [KERNELS_ISA_AVX2] = {"avx2", has_avx2, attention_avx2, false},
-    [KERNELS_ISA_AVX512] = {"avx512", has_avx512, attention_avx512, false},
-    [KERNELS_ISA_AVX512_BF16] = {"avx512_bf16", has_avx512_bf16, attention_avx512_bf16, true},
-    [KERNELS_ISA_AMX] = {"amx", has_amx, attention_amx, true},
+    [KERNELS_ISA_REFERENCE] = {"reference", NULL, attention_reference, false, NULL},
+    [KERNELS_ISA_AVX2] = {"avx2", has_avx2, attention_avx2, false, NULL},
+    [KERNELS_ISA_AVX512] = {"avx512", has_avx512, attention_avx512, false, &matmul_avx512},
+    [KERNELS_ISA_AVX512_BF16] = {"avx512_bf16", has_avx512_bf16, attention_avx512_bf16, true,
+                                 &matmul_avx512_bf16},
+    [KERNELS_ISA_AMX] = {"amx", has_amx, attention_amx, true, NULL},
 };
 #define NUM_ISAS (sizeof(isas) / sizeof(isas[0]))
 
@@ -193,7 +195,10 @@ enum rk_status kernels_create(const struct kernels_options *options, struct kern
     if (status != RK_OK) {
         goto fail;
     }
-    if (kernels->mode == KERNELS_F32 || kernels->isa != KERNELS_ISA_AVX512) {
+    if (kernels->mode == KERNELS_BF16) {
+        kernels->matmul_ops = isas[kernels->isa].matmul;
+    }
+    if (!kernels->matmul_ops) {
         status = matmul_create(kernels, &kernels->matmul, error);
         if (status != RK_OK) {
             goto fail;

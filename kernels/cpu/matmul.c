@@ -1,6 +1,7 @@
 /*
- * matmul: which code multiplies. oneDNN does, but for bf16 on the
- * AVX-512 path (isa KERNELS_ISA_AVX512), which widens bf16 in our own code.
+ * matmul: which code multiplies. oneDNN does, but for bf16 on AVX-512 without
+ * AMX, where our own code reads weights faster and is row-independent by
+ * construction.
  */
 #include "common/base/alloc.h"
 #include "kernels/cpu/cpu_internal.h"
@@ -20,7 +21,8 @@ enum rk_status kernels_matrix_create(struct kernels *kernels, const float *w, ui
     matrix->kernels = kernels;
     matrix->n = n;
     matrix->k = k;
-    status = kernels->matmul ? matmul_onednn_init(matrix, w, error) : matmul_avx512_init(matrix, w);
+    status = kernels->matmul_ops ? kernels->matmul_ops->init(matrix, w)
+                                 : matmul_onednn_init(matrix, w, error);
     if (status != RK_OK) {
         goto fail;
     }
@@ -45,7 +47,7 @@ void kernels_matrix_destroy(struct kernels_matrix *matrix)
 
 const char *kernels_matrix_implementation(struct kernels_matrix *matrix, uint32_t rows)
 {
-    return matrix->shape ? matmul_onednn_name(matrix, rows) : "avx512_widened_bf16";
+    return matrix->shape ? matmul_onednn_name(matrix, rows) : matrix->kernels->matmul_ops->name;
 }
 
 void kernels_matmul(struct kernels *kernels, const struct kernels_matrix *matrix, const float *x,
@@ -56,7 +58,7 @@ void kernels_matmul(struct kernels *kernels, const struct kernels_matrix *matrix
     if (matrix->shape) {
         matmul_onednn(kernels, matrix, x, rows, y);
     } else {
-        matmul_avx512(kernels, matrix, x, rows, y);
+        kernels->matmul_ops->run(kernels, matrix, x, rows, y);
     }
 }
 
@@ -66,6 +68,6 @@ void kernels_matrix_row(const struct kernels_matrix *matrix, uint32_t row, float
     if (matrix->shape) {
         matmul_onednn_row(matrix, row, ret_row);
     } else {
-        matmul_avx512_row(matrix, row, ret_row);
+        matrix->kernels->matmul_ops->row(matrix, row, ret_row);
     }
 }

@@ -18,6 +18,7 @@ static const struct path paths[] = {
     {"f32, oneDNN", KERNELS_F32, KERNELS_ISA_REFERENCE, 1e-5},
     {"bf16, oneDNN", KERNELS_BF16, KERNELS_ISA_REFERENCE, 1e-5},
     {"bf16, widened", KERNELS_BF16, KERNELS_ISA_AVX512, 1e-5},
+    {"bf16, pairs", KERNELS_BF16, KERNELS_ISA_AVX512_BF16, 1e-5},
 };
 #ifdef REDKNOT_SANITIZED
 #define CALLS 8
