@@ -42,7 +42,7 @@ static void forward(struct engine *engine, struct engine_sequence *sequence, uin
 static struct engine_sequence *sequence_create(struct engine *engine, uint32_t tokens)
 {
     struct engine_sequence *sequence = NULL;
-    const struct rk_error error = {RK_ERR_NO_MEMORY, "no memory"};
+    const struct rk_error error = {.status = RK_ERR_NO_MEMORY, .text = "no memory"};
     uint32_t run = 0;
     if (engine_sequence_create(engine, &sequence) != RK_OK ||
         engine_sequence_add_own(sequence, tokens, &run) != RK_OK) {

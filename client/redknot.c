@@ -202,7 +202,7 @@ static void channel_release(struct rk_client *client, struct channel *channel)
 /* Says who failed. Of a peer that is not there gRPC tells much; its last words are the cause. */
 static void name_peer(const char *role, const char *address, struct rk_error *error)
 {
-    if (!error || error->status != RK_ERR_UNAVAILABLE) {
+    if (!error || error->status != RK_ERR_UNAVAILABLE || error->answered) {
         rk_error_prefix(error, "%s %s", role, address);
         return;
     }

@@ -63,8 +63,8 @@ static void create_metrics(struct coordinator_metrics *metrics)
                                         "KV of the segments that stores hold.", NULL);
     metrics->metadata_bytes = rk_metric_gauge("redknot_coordinator_metadata_bytes",
                                               "Size of the metadata database.", NULL);
-    metrics->metadata_per_gb = rk_metric_gauge("redknot_coordinator_metadata_bytes_per_gb",
-                                               "Metadata database by 10^9 bytes of KV.", NULL);
+    metrics->metadata_ratio = rk_metric_gauge("redknot_coordinator_metadata_ratio",
+                                              "Bytes of metadata database per byte of KV.", NULL);
     for (int role = 0; role < 2; role++) {
         for (int alive = 0; alive < 2; alive++) {
             metrics->nodes[role][alive] =
@@ -212,7 +212,7 @@ static void sweep(struct coordinator *coordinator)
     (void)pthread_mutex_unlock(&coordinator->index_lock);
     rk_metric_set(metrics->kv_bytes, kv_bytes);
     rk_metric_set(metrics->metadata_bytes, metadata_bytes);
-    rk_metric_set(metrics->metadata_per_gb, kv_bytes > 0 ? metadata_bytes * 1e9 / kv_bytes : 0);
+    rk_metric_set(metrics->metadata_ratio, kv_bytes > 0 ? metadata_bytes / kv_bytes : 0);
     (void)pthread_mutex_lock(&coordinator->write_lock);
     /* Usually nothing: each call flushes its own. What a full disk refused is tried again. */
     status = coordinator_flush(coordinator, false, &error);

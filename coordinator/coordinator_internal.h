@@ -34,7 +34,7 @@ struct coordinator_metrics {
     struct rk_metric *placed;
     struct rk_metric *kv_bytes;
     struct rk_metric *metadata_bytes;
-    struct rk_metric *metadata_per_gb;
+    struct rk_metric *metadata_ratio;
     struct rk_metric *nodes[2][2]; /* [worker][alive] */
 };
 

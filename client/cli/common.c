@@ -106,6 +106,9 @@ int cli_fail_error(const char *what, const struct rk_error *error)
     }
     switch (rk_status_remedy(error->status)) {
     case RK_REMEDY_ELSEWHERE:
+        if (error->answered) {
+            break;
+        }
         /* Whoever cannot reach the coordinator cannot ask it for the nodes. */
         advice = strncmp(error->text, "coordinator", 11) == 0
                      ? "; is it running? `redknot up` starts a cluster, --coordinator names another"

@@ -2,6 +2,7 @@
 #include "common/base/alloc.h"
 
 #include <string.h>
+#include <unistd.h>
 
 struct generate_arguments {
     struct cli_common common;
@@ -137,6 +138,12 @@ static enum rk_status segments_read(const struct generate_arguments *arguments,
             size_t bytes = 0;
             enum rk_status status = cli_read_text(name, &segments->texts[i], &bytes, error);
             if (status != RK_OK) {
+                if (access(name, F_OK) != 0) {
+                    (void)rk_error_set(error, status,
+                                       "--segment %s: no such file, and no segment id either (%d "
+                                       "hex digits)",
+                                       name, 2 * RK_ID_BYTES);
+                }
                 segments_destroy(segments);
                 return status;
             }

@@ -51,6 +51,7 @@ enum rk_status rk_error_set(struct rk_error *error, enum rk_status status, const
         va_list args;
         va_start(args, format);
         error->status = status;
+        error->answered = false;
         (void)vsnprintf(error->text, sizeof(error->text), format, args);
         va_end(args);
     }

@@ -75,6 +75,7 @@ enum rk_status rk_status_from_name(const char *name);
 struct rk_error {
     enum rk_status status;
     char text[512];
+    bool answered; /* a peer was reached and said this itself */
 };
 
 /* Fills error (if any) and returns status, so that "return rk_error_set(...)" reads well. */

@@ -150,7 +150,11 @@ enum rk_status rpc_call_outcome(const struct rk_rpc_channel *channel, const char
         return RK_OK;
     }
     if (from_peer) {
-        return rk_error_set(error, status, "%s", text); /* the handler's own words */
+        (void)rk_error_set(error, status, "%s", text); /* the handler's own words */
+        if (error) {
+            error->answered = true;
+        }
+        return status;
     }
     /* Cut from the right, so that who and what survive. */
     (void)rk_error_set(error, status, "%s", text[0] != '\0' ? text : rk_status_text(status));

@@ -107,7 +107,7 @@ static void exit_codes_and_messages(void **state)
         {"put $D/nul.txt", 1, "NUL byte"},
         {"put $D/latin1.txt", 1, "not UTF-8"},
         {"put $D/text.txt", 1, "127.0.0.1:1 does not answer"},
-        {"generate --prompt x --segment $D/absent.txt", 1, "absent.txt: No such file"},
+        {"generate --prompt x --segment $D/absent.txt", 1, "absent.txt: no such file"},
         {"generate --prompt x", 1, "127.0.0.1:1 does not answer"},
         {"status", 1, "127.0.0.1:1 does not answer"},
         {"status --coordinator 127.0.0.1:2", 1, "127.0.0.1:2 does not answer"},

@@ -275,7 +275,7 @@ struct rk_client *cluster_client(const struct cluster *cluster, int worker)
     return client;
 }
 
-double cluster_metric(const char *address, const char *name)
+static FILE *metrics_open(const char *address)
 {
     struct sockaddr_in to = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     char request[] = "GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n";
@@ -283,7 +283,12 @@ double cluster_metric(const char *address, const char *name)
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     assert_int_equal(connect(fd, (struct sockaddr *)&to, sizeof(to)), 0);
     assert_int_equal(write(fd, request, sizeof(request) - 1), sizeof(request) - 1);
-    FILE *reply = fdopen(fd, "r");
+    return fdopen(fd, "r");
+}
+
+double cluster_metric(const char *address, const char *name)
+{
+    FILE *reply = metrics_open(address);
     char line[1024];
     double sum = 0;
     while (fgets(line, sizeof(line), reply)) {
@@ -293,6 +298,24 @@ double cluster_metric(const char *address, const char *name)
     }
     (void)fclose(reply);
     return sum;
+}
+
+void cluster_metrics_check(const char *address)
+{
+    FILE *reply = metrics_open(address);
+    FILE *promtool = popen("promtool check metrics 2>&1", "w");
+    char line[1024];
+    bool body = false;
+    assert_non_null(promtool);
+    while (fgets(line, sizeof(line), reply)) {
+        if (body) {
+            assert_true(fputs(line, promtool) >= 0);
+        }
+        body = body || strcmp(line, "\r\n") == 0;
+    }
+    (void)fclose(reply);
+    assert_true(body);
+    assert_int_equal(pclose(promtool), 0); /* 3: it has something to say */
 }
 
 uint64_t process_resident_bytes(const struct process *process)

@@ -64,6 +64,8 @@ void cluster_wait(struct cluster *cluster, uint32_t stores, uint32_t workers);
 struct rk_client *cluster_client(const struct cluster *cluster, int worker);
 /* Sum over the lines of /metrics that begin with `name` (labels may follow in it). */
 double cluster_metric(const char *address, const char *name);
+/* Asserts that promtool has no complaint about /metrics. */
+void cluster_metrics_check(const char *address);
 /* Resident bytes of a process. */
 uint64_t process_resident_bytes(const struct process *process);
 
