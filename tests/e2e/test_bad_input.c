@@ -307,7 +307,7 @@ static void no_cluster(void **state)
         {"redknot status", 1, "does not answer: Connection refused"},
         {"redknot eval $D/good.json", 1, "does not answer: Connection refused"},
         {"redknot status --coordinator nonsense", 1, "nonsense"},
-        {"redknot generate --prompt x --segment $D/absent.txt", 1, "absent.txt: No such file"},
+        {"redknot generate --prompt x --segment $D/absent.txt", 1, "absent.txt: no such file"},
     };
     CHECK(spare, cases);
 }
@@ -325,7 +325,7 @@ static void bad_requests(void **state)
         {"redknot generate --prompt x --segment "
          "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
          1, "0123456789abcdef...: unknown to the cluster"},
-        {"redknot generate --prompt x --segment $D/absent.txt", 1, "absent.txt: No such file"},
+        {"redknot generate --prompt x --segment $D/absent.txt", 1, "absent.txt: no such file"},
         {"redknot generate --prompt x --segment $D/empty.txt", 1, "empty.txt: the file is empty"},
         {"redknot generate --prompt x --segment $D/folder", 1, "folder: it is a directory"},
         {"redknot generate --prompt x --segment $D/long.txt", 1, "split it"},
