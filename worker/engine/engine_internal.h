@@ -15,7 +15,7 @@ struct engine_page_pool {
     unsigned char *arena;
     size_t arena_bytes;
     size_t page_bytes;
-    uint32_t *free; /* stack of page numbers */
+    uint32_t *free;            /* stack of page numbers */
     _Atomic uint32_t num_free; /* written by the engine's thread, read by any */
     uint32_t num_pages;
 };
