@@ -53,6 +53,7 @@ void rk_kv_endpoint_clear(struct rk_kv_endpoint *endpoint)
     rk_free(endpoint->address);
     rk_free(endpoint->host_id);
     rk_free(endpoint->shm_socket);
+    rk_free(endpoint->ucx_address);
     memset(endpoint, 0, sizeof(*endpoint));
 }
 
@@ -63,8 +64,9 @@ enum rk_status rk_kv_endpoint_copy(const Redknot__V1__StoreEndpoint *from,
                                   .node_id = rk_alloc_string(from->node_id),
                                   .address = rk_alloc_string(from->grpc_address),
                                   .host_id = rk_alloc_string(from->host_id),
-                                  .shm_socket = rk_alloc_string(from->shm_socket)};
-    if (!copy.node_id || !copy.address || !copy.host_id || !copy.shm_socket) {
+                                  .shm_socket = rk_alloc_string(from->shm_socket),
+                                  .ucx_address = rk_alloc_string(from->ucx_address)};
+    if (!copy.node_id || !copy.address || !copy.host_id || !copy.shm_socket || !copy.ucx_address) {
         rk_kv_endpoint_clear(&copy);
         return RK_ERR_NO_MEMORY;
     }

@@ -36,6 +36,7 @@ struct rk_kv_endpoint {
     char *address;
     char *host_id;
     char *shm_socket;
+    char *ucx_address;
 };
 
 struct rk_kv_shard {

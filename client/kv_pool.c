@@ -249,7 +249,8 @@ static enum rk_status connect_new(struct rk_kv_pool *pool, struct node *node,
     }
     struct rk_transport_endpoint where = {.grpc_address = endpoint->address,
                                           .host_id = endpoint->host_id,
-                                          .shm_socket = endpoint->shm_socket};
+                                          .shm_socket = endpoint->shm_socket,
+                                          .ucx_address = endpoint->ucx_address};
     int timeout_ms = rk_deadline_left_ms(deadline_ns);
     if (timeout_ms > RK_KV_CONNECT_TIMEOUT_MS) {
         timeout_ms = RK_KV_CONNECT_TIMEOUT_MS;

@@ -102,8 +102,9 @@ Redknot__V1__StoreEndpoint *coordinator_endpoint_message(struct arena *arena,
     endpoint->grpc_address = arena_string(arena, node->info->grpc_address);
     endpoint->host_id = arena_string(arena, node->info->host_id);
     endpoint->shm_socket = arena_string(arena, node->info->shm_socket);
+    endpoint->ucx_address = arena_string(arena, node->info->ucx_address);
     if (endpoint->node_id == NULL || endpoint->grpc_address == NULL || endpoint->host_id == NULL ||
-        endpoint->shm_socket == NULL) {
+        endpoint->shm_socket == NULL || endpoint->ucx_address == NULL) {
         return NULL;
     }
     return endpoint;

@@ -135,6 +135,7 @@ enum rk_status record_check_node(const Redknot__V1__NodeInfo *info, struct rk_er
     if (!text_fits(info->grpc_address, RECORD_ADDRESS_MAX) ||
         !text_fits(info->host_id, RECORD_ADDRESS_MAX) ||
         !text_fits(info->shm_socket, RECORD_ADDRESS_MAX) ||
+        !text_fits(info->ucx_address, RECORD_ADDRESS_MAX) ||
         !text_fits(info->version, RECORD_ADDRESS_MAX) ||
         !text_fits(info->model, RECORD_ADDRESS_MAX) ||
         !text_fits(info->metrics_address, RECORD_ADDRESS_MAX) ||

@@ -26,6 +26,7 @@ enum option_key {
     OPTION_COORDINATOR,
     OPTION_DRAM,
     OPTION_SHM_SOCKET,
+    OPTION_UCX,
     OPTION_METRICS,
     OPTION_NODE_ID,
     OPTION_ADVERTISE,
@@ -41,6 +42,7 @@ struct settings {
     const char *coordinator;
     uint64_t dram_bytes;
     const char *shm_socket; /* NULL: the default; "": not served */
+    const char *ucx;        /* alike */
     const char *metrics;
     const char *node_id;
     const char *advertise;
@@ -57,6 +59,8 @@ static const struct argp_option options[] = {
     {"dram", OPTION_DRAM, "SIZE", 0, "Memory for KV pages, reserved at start (1GiB)", 0},
     {"shm-socket", OPTION_SHM_SOCKET, "PATH", 0,
      "Unix socket for readers on this host; empty: none (under $XDG_RUNTIME_DIR or /tmp)", 0},
+    {"ucx", OPTION_UCX, "HOST:PORT", 0,
+     "UCX address for readers on other hosts; empty: none (host of --listen, any port)", 0},
     {"metrics", OPTION_METRICS, "HOST:PORT", 0, "Prometheus metrics; empty: none (127.0.0.1:7202)",
      0},
     {"node-id", OPTION_NODE_ID, "NAME", 0, "Name in the cluster (made from the host's name)", 0},
@@ -122,6 +126,9 @@ static error_t parse_option(int key, char *value, struct argp_state *state)
         return 0;
     case OPTION_SHM_SOCKET:
         settings->shm_socket = value;
+        return 0;
+    case OPTION_UCX:
+        settings->ucx = value[0] ? address_or_usage(value, state) : value;
         return 0;
     case OPTION_METRICS:
         settings->metrics = value[0] ? address_or_usage(value, state) : value;
@@ -254,7 +261,10 @@ struct process {
     struct kvstore *store;
     struct kvstore_service service;
     struct rk_rpc_server *rpc;
+    char ucx_listen[ADDRESS_BYTES];
+    char ucx_address[ADDRESS_BYTES]; /* for others; "" when not served */
     struct rk_shm_server *shm;
+    struct rk_ucx_server *ucx;
     struct rk_metrics_server *metrics;
     struct upkeep *upkeep;
     struct registrar *registrar;
@@ -327,6 +337,36 @@ static enum rk_status process_bind(struct process *process, struct rk_error *err
                              error);
 }
 
+/* Unless --ucx asks for it, a machine without UCX only lacks this path. */
+static enum rk_status ucx_start(struct process *process, struct rk_error *error)
+{
+    const struct settings *settings = &process->settings;
+    const char *listen = settings->ucx;
+    enum rk_status status = RK_OK;
+    if (listen && listen[0] == '\0') {
+        return RK_OK;
+    }
+    if (!listen) {
+        status = address_with_port(settings->listen, 0, process->ucx_listen, error);
+        listen = process->ucx_listen;
+    }
+    if (status != RK_OK) {
+        return status;
+    }
+    struct rk_ucx_server_options ucx = {.listen = listen,
+                                        .arena = kvstore_arena(process->store),
+                                        .ops = &kvstore_service_store_ops,
+                                        .context = &process->service};
+    status = rk_ucx_server_start(&ucx, &process->ucx, error);
+    if (status != RK_OK && !settings->ucx) {
+        RK_LOG_WARN("ucx_not_served", "reason=%q", error ? error->text : "");
+        return RK_OK;
+    }
+    return status == RK_OK ? address_with_port(process->advertise, rk_ucx_server_port(process->ucx),
+                                               process->ucx_address, error)
+                           : status;
+}
+
 static enum rk_status process_store(struct process *process, struct rk_error *error)
 {
     const struct settings *settings = &process->settings;
@@ -344,14 +384,15 @@ static enum rk_status process_store(struct process *process, struct rk_error *er
     }
     kvstore_service_init(&process->service, process->store, process->node_id, process->incarnation);
     RK_ASSERT(process->shm_socket != NULL); /* names_make() made it. */
-    if (process->shm_socket[0] == '\0') {
-        return RK_OK;
+    status = ucx_start(process, error);
+    if (status != RK_OK || process->shm_socket[0] == '\0') {
+        return status;
     }
     struct rk_shm_server_options shm = {
         .socket_path = process->shm_socket,
         .arena_fd = kvstore_arena_fd(process->store),
         .arena_bytes = kvstore_arena_bytes(process->store),
-        .ops = &kvstore_service_shm_ops,
+        .ops = &kvstore_service_store_ops,
         .context = &process->service,
     };
     return rk_shm_server_start(&shm, &process->shm, error);
@@ -381,6 +422,7 @@ static enum rk_status process_serve(struct process *process, struct rk_error *er
                                           .incarnation = process->incarnation,
                                           .grpc_address = process->advertise,
                                           .shm_socket = process->shm_socket,
+                                          .ucx_address = process->ucx_address,
                                           .metrics_address = process->metrics_address};
     return registrar_start(&registrar, &process->registrar, error);
 }
@@ -394,6 +436,7 @@ static void process_stop(struct process *process)
     }
     rk_rpc_server_destroy(process->rpc);
     rk_shm_server_stop(process->shm);
+    rk_ucx_server_stop(process->ucx);
     upkeep_stop(process->upkeep);
     rk_metrics_server_stop(process->metrics);
     bool pinned = process->store != NULL;
@@ -461,10 +504,10 @@ int main(int argc, char **argv)
         process_stop(&process);
         return 1;
     }
-    RK_LOG_INFO("ready", "node=%s address=%s dram_bytes=%llu shm_socket=%q metrics=%s",
+    RK_LOG_INFO("ready", "node=%s address=%s dram_bytes=%llu shm_socket=%q ucx=%q metrics=%s",
                 process.node_id, process.advertise,
                 (unsigned long long)kvstore_arena_bytes(process.store), process.shm_socket,
-                process.metrics_address);
+                process.ucx_address, process.metrics_address);
     RK_LOG_INFO("stopping", "signal=%d", rk_service_wait());
     process_stop(&process);
     return 0;

@@ -63,6 +63,7 @@ static enum rk_status register_node(struct registrar *registrar, struct rk_error
     node.grpc_address = (char *)options->grpc_address;
     node.host_id = (char *)rk_host_id();
     node.shm_socket = (char *)options->shm_socket;
+    node.ucx_address = (char *)options->ucx_address;
     node.capacity_bytes = stats.capacity_bytes;
     node.used_bytes = stats.used_bytes;
     node.version = (char *)REDKNOT_VERSION;

@@ -7,6 +7,7 @@
 #include "redknot/v1/kvstore.pb-c.h"
 
 #include <stdatomic.h>
+#include <stdio.h>
 #include <string.h>
 
 #define CHUNK_BYTES      (1u << 20) /* of pages in one message, or one page */
@@ -286,7 +287,7 @@ static enum rk_status pages_send(struct kvstore_service *service, struct rk_rpc_
         uint64_t count = num_pages - at < step ? num_pages - at : step;
         status = chunk_send(call, hold, offsets + at, checksums + at, count);
         if (status == RK_OK) {
-            rk_metric_add(service->read_bytes_grpc, (double)(count * page_bytes));
+            rk_metric_add(service->read_bytes[RK_PATH_GRPC], (double)(count * page_bytes));
         }
     }
     return status;
@@ -364,7 +365,7 @@ static enum rk_status handle_get_pages(struct rk_rpc_call *call, void *context,
     if (status != RK_OK) {
         return status;
     }
-    rk_metric_add(service->gets_grpc, 1);
+    rk_metric_add(service->gets[RK_PATH_GRPC], 1);
     status = get_pages(service, call, (const Redknot__V1__GetPagesRequest *)message, error);
     rk_rpc_message_free(message);
     rk_metric_observe(service->get_seconds, rk_clock_s() - begin_s);
@@ -440,18 +441,18 @@ static enum rk_status handle_store_status(struct rk_rpc_call *call, void *contex
     return rk_rpc_call_send(call, &reply.base);
 }
 
-/* ---- The shm path ---- */
+/* ---- The other paths ---- */
 
-static enum rk_status shm_pin(void *context, const struct rk_get *get, uint64_t *ret_offsets,
-                              uint64_t *ret_checksums, uint64_t *num_pages, void **ret_pin,
-                              struct rk_error *error)
+static enum rk_status path_pin(void *context, enum rk_path path, const struct rk_get *get,
+                               uint64_t *ret_offsets, uint64_t *ret_checksums, uint64_t *num_pages,
+                               void **ret_pin, struct rk_error *error)
 {
     struct kvstore_service *service = context;
     struct kvstore_name name = {.segment_id = get->segment_id,
                                 .generation = get->generation,
                                 .shard_index = get->shard_index};
     const struct kvstore_shard *shard = NULL;
-    rk_metric_add(service->gets_shm, 1);
+    rk_metric_add(service->gets[path], 1);
     enum rk_status status = kvstore_pin(service->store, &name, &get->fingerprint, &shard);
     if (status != RK_OK) {
         return status;
@@ -466,18 +467,19 @@ static enum rk_status shm_pin(void *context, const struct rk_get *get, uint64_t 
         kvstore_unpin(service->store, shard);
         return status;
     }
-    rk_metric_add(service->read_bytes_shm, (double)(*num_pages * get->page_bytes));
+    rk_metric_add(service->read_bytes[path], (double)(*num_pages * get->page_bytes));
     *ret_pin = (void *)shard;
     return RK_OK;
 }
 
-static void shm_unpin(void *context, void *pin)
+static void path_unpin(void *context, void *pin)
 {
     struct kvstore_service *service = context;
     kvstore_unpin(service->store, pin);
 }
 
-const struct rk_shm_server_ops kvstore_service_shm_ops = {.pin = shm_pin, .unpin = shm_unpin};
+const struct rk_transport_store_ops kvstore_service_store_ops = {.pin = path_pin,
+                                                                 .unpin = path_unpin};
 
 /* ---- Set-up ---- */
 
@@ -499,18 +501,11 @@ enum rk_status kvstore_service_attach(struct kvstore_service *service, struct rk
 void kvstore_service_init(struct kvstore_service *service, struct kvstore *store,
                           const char *node_id, uint64_t incarnation)
 {
-    static const char bytes_help[] = "Bytes of pages handed to readers.";
-    static const char gets_help[] = "Reads asked for, by path.";
+    static const enum rk_path paths[] = {RK_PATH_SHM, RK_PATH_UCX, RK_PATH_GRPC};
     *service = (struct kvstore_service){
         .store = store,
         .node_id = node_id,
         .incarnation = incarnation,
-        .read_bytes_shm =
-            rk_metric_counter("redknot_kvstore_read_bytes_total", bytes_help, "path=\"shm\""),
-        .read_bytes_grpc =
-            rk_metric_counter("redknot_kvstore_read_bytes_total", bytes_help, "path=\"grpc\""),
-        .gets_shm = rk_metric_counter("redknot_kvstore_gets_total", gets_help, "path=\"shm\""),
-        .gets_grpc = rk_metric_counter("redknot_kvstore_gets_total", gets_help, "path=\"grpc\""),
         .get_seconds =
             rk_metric_histogram("redknot_kvstore_get_seconds", "Time to serve a read over gRPC.",
                                 NULL, rk_metric_seconds, rk_metric_seconds_count),
@@ -518,4 +513,12 @@ void kvstore_service_init(struct kvstore_service *service, struct kvstore *store
             rk_metric_histogram("redknot_kvstore_put_seconds", "Time to receive a shard.", NULL,
                                 rk_metric_seconds, rk_metric_seconds_count),
     };
+    for (size_t i = 0; i < sizeof(paths) / sizeof(paths[0]); i++) {
+        char label[32];
+        (void)snprintf(label, sizeof(label), "path=\"%s\"", rk_path_name(paths[i]));
+        service->read_bytes[paths[i]] = rk_metric_counter(
+            "redknot_kvstore_read_bytes_total", "Bytes of pages handed to readers.", label);
+        service->gets[paths[i]] =
+            rk_metric_counter("redknot_kvstore_gets_total", "Reads asked for, by path.", label);
+    }
 }

@@ -1,7 +1,7 @@
 /*
  * service: a store on the network, and its upkeep.
  *
- * service.c   the gRPC methods of redknot.v1.KvStore and the shm path's pins
+ * service.c   the gRPC methods of redknot.v1.KvStore, and pins for the other paths
  * registrar.c the thread that keeps the coordinator informed
  * upkeep.c    the thread that collects, scrubs and publishes figures
  *
@@ -21,10 +21,8 @@ struct kvstore_service {
     struct kvstore *store;
     const char *node_id;
     uint64_t incarnation;
-    struct rk_metric *read_bytes_shm;
-    struct rk_metric *read_bytes_grpc;
-    struct rk_metric *gets_shm;
-    struct rk_metric *gets_grpc;
+    struct rk_metric *read_bytes[RK_PATH_UCX + 1]; /* by enum rk_path */
+    struct rk_metric *gets[RK_PATH_UCX + 1];
     struct rk_metric *get_seconds;
     struct rk_metric *put_seconds;
 };
@@ -35,7 +33,7 @@ void kvstore_service_init(struct kvstore_service *service, struct kvstore *store
 RK_MUST_CHECK enum rk_status kvstore_service_attach(struct kvstore_service *service,
                                                     struct rk_rpc_server *server);
 /* The context is the service. */
-extern const struct rk_shm_server_ops kvstore_service_shm_ops;
+extern const struct rk_transport_store_ops kvstore_service_store_ops;
 
 /* ---- registrar.c ---- */
 
@@ -49,6 +47,7 @@ struct registrar_options {
     uint64_t incarnation;
     const char *grpc_address; /* as others reach it */
     const char *shm_socket;   /* "" when not served */
+    const char *ucx_address;  /* as others reach it; "" when not served */
     const char *metrics_address;
 };
 

@@ -74,7 +74,7 @@ static const struct argp_option argp_options[] = {
     {"queue-max", KEY_QUEUE, "N", 0, "Requests that may wait (64)", 0},
     {"head-map", KEY_HEAD_MAP, "FILE", 0,
      "Head map, JSON: what each KV head's queries see at level fast", 0},
-    {"path", KEY_PATH, "auto|shm|grpc", 0, "Read path from stores (auto: the nearest)", 0},
+    {"path", KEY_PATH, "auto|shm|ucx|grpc", 0, "Read path from stores (auto: the nearest)", 0},
     {"fetch-timeout-ms", KEY_FETCH_TIMEOUT, "MS", 0, "A slower fetch counts as a miss (2000)", 0},
     {"log-level", KEY_LOG_LEVEL, "LEVEL", 0, "debug, info, warn or error (info)", 0},
     {0},
@@ -238,7 +238,7 @@ static enum rk_status load_model(struct worker *worker, const struct arguments *
 static enum rk_status connect_cluster(struct worker *worker, const struct arguments *arguments,
                                       struct rk_error *error)
 {
-    static const char *const paths[] = {"auto", "shm", "grpc", NULL};
+    static const char *const paths[] = {"auto", "shm", "grpc", "ucx", NULL};
     int path = parse_word("--path", arguments->path, paths, error);
     if (path < 0) {
         return RK_ERR_INVALID;

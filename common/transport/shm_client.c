@@ -311,35 +311,13 @@ static enum rk_status request_send(struct shm_client *client, const struct rk_ge
         client->request_room = bytes;
     }
     struct shm_frame_header header;
-    struct shm_get body = {.generation = get->generation,
-                           .shard_index = get->shard_index,
-                           .page_bytes = get->page_bytes,
-                           .num_extents = (uint32_t)get->num_extents};
-    memcpy(body.segment_id, get->segment_id.bytes, RK_ID_BYTES);
-    memcpy(body.fingerprint, get->fingerprint.bytes, RK_ID_BYTES);
+    struct shm_get body;
+    shm_get_fill(get, &body);
     shm_header_fill(&header, SHM_GET, ++client->request_id, body_bytes);
     memcpy(client->request, &header, sizeof(header));
     memcpy(client->request + sizeof(header), &body, sizeof(body));
     memcpy(client->request + sizeof(header) + sizeof(body), get->extents, extents_bytes);
     return send_all(client, client->request, bytes, get->deadline_ns, error);
-}
-
-/* "STATUS_NAME text" of a failed get. */
-static enum rk_status failure_read(const uint8_t *line, size_t bytes, struct rk_error *error)
-{
-    char text[SHM_ERROR_TEXT_MAX + 1];
-    size_t length = bytes < SHM_ERROR_TEXT_MAX ? bytes : SHM_ERROR_TEXT_MAX;
-    memcpy(text, line, length);
-    text[length] = '\0';
-    char *space = strchr(text, ' ');
-    if (space) {
-        *space = '\0';
-    }
-    enum rk_status status = rk_status_from_name(text);
-    if (status == RK_OK) {
-        status = RK_ERR_INTERNAL; /* "It failed with success" is no answer. */
-    }
-    return rk_error_set(error, status, "%s", space ? space + 1 : "");
 }
 
 static enum rk_status pages_read(struct shm_client *client, const struct shm_get_reply *reply,
@@ -379,7 +357,7 @@ static enum rk_status reply_read(struct shm_client *client, const struct shm_fra
         return RK_OK;
     }
     if (reply.failed) {
-        return failure_read(frame->body + sizeof(reply), rest, error);
+        return shm_failure_parse(frame->body + sizeof(reply), rest, error);
     }
     if (reply.num_pages != pages->num_pages || rest != pages->num_pages * sizeof(struct shm_page)) {
         return lost(client, error, "another number of pages than asked for");

@@ -237,8 +237,7 @@ static enum rk_status reply_failure(struct connection *connection, uint32_t requ
                                     enum rk_status status, const char *text)
 {
     char line[SHM_ERROR_TEXT_MAX];
-    int length = snprintf(line, sizeof(line), "%s %s", rk_status_name(status), text);
-    size_t line_bytes = (size_t)length < sizeof(line) ? (size_t)length : sizeof(line) - 1;
+    size_t line_bytes = shm_failure_format(status, text, line);
     struct shm_get_reply body = {.failed = 1};
     size_t body_bytes = sizeof(body) + line_bytes;
     struct shm_frame_header header;
@@ -300,8 +299,8 @@ static enum rk_status handle_get(struct rk_shm_server *server, struct connection
     uint64_t num_pages = get.pages_max;
     void *pinned = NULL;
     enum rk_status status =
-        server->options.ops->pin(server->options.context, &get, server->offsets, server->checksums,
-                                 &num_pages, &pinned, &error);
+        server->options.ops->pin(server->options.context, RK_PATH_SHM, &get, server->offsets,
+                                 server->checksums, &num_pages, &pinned, &error);
     if (status != RK_OK) {
         return reply_failure(connection, request_id, status, error.text);
     }

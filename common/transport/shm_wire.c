@@ -1,5 +1,6 @@
 #include "common/transport/shm_wire_internal.h"
 
+#include <stdio.h>
 #include <string.h>
 
 enum rk_status shm_frame_parse(const uint8_t *data, size_t bytes, size_t frame_bytes_max,
@@ -71,6 +72,16 @@ enum rk_status shm_get_parse(const struct shm_frame *frame, uint64_t pages_max,
     return RK_OK;
 }
 
+void shm_get_fill(const struct rk_get *get, struct shm_get *ret_body)
+{
+    *ret_body = (struct shm_get){.generation = get->generation,
+                                 .shard_index = get->shard_index,
+                                 .page_bytes = get->page_bytes,
+                                 .num_extents = (uint32_t)get->num_extents};
+    memcpy(ret_body->segment_id, get->segment_id.bytes, RK_ID_BYTES);
+    memcpy(ret_body->fingerprint, get->fingerprint.bytes, RK_ID_BYTES);
+}
+
 void shm_header_fill(struct shm_frame_header *header, enum shm_frame_type type, uint32_t request_id,
                      size_t body_bytes)
 {
@@ -79,4 +90,28 @@ void shm_header_fill(struct shm_frame_header *header, enum shm_frame_type type, 
                                         .type = (uint16_t)type,
                                         .request_id = request_id,
                                         .body_bytes = (uint32_t)body_bytes};
+}
+
+enum rk_status shm_failure_parse(const uint8_t *line, size_t bytes, struct rk_error *error)
+{
+    char text[SHM_ERROR_TEXT_MAX + 1];
+    size_t length = bytes < SHM_ERROR_TEXT_MAX ? bytes : SHM_ERROR_TEXT_MAX;
+    memcpy(text, line, length);
+    text[length] = '\0';
+    char *space = strchr(text, ' ');
+    if (space) {
+        *space = '\0';
+    }
+    enum rk_status status = rk_status_from_name(text);
+    if (status == RK_OK) {
+        status = RK_ERR_INTERNAL; /* "It failed with success" is no answer. */
+    }
+    return rk_error_set(error, status, "%s", space ? space + 1 : "");
+}
+
+size_t shm_failure_format(enum rk_status status, const char *text,
+                          char ret_line[SHM_ERROR_TEXT_MAX])
+{
+    int length = snprintf(ret_line, SHM_ERROR_TEXT_MAX, "%s %s", rk_status_name(status), text);
+    return (size_t)length < SHM_ERROR_TEXT_MAX ? (size_t)length : SHM_ERROR_TEXT_MAX - 1;
 }

@@ -1,5 +1,6 @@
 /*
- * shm_wire: the frames on a store's Unix socket.
+ * shm_wire: the frames on a store's Unix socket. The body of a GET and the text
+ * of a failure are those of the UCX path too.
  *
  * All little endian, packed, with a fixed header; both ends are on one machine
  * but may be of different versions. The client says HELLO, the server answers
@@ -90,6 +91,12 @@ enum rk_status shm_get_parse(const struct shm_frame *frame, uint64_t pages_max,
 /* Sum over extents; false when one is empty or reversed, or the sum is above pages_max. */
 bool shm_extents_pages(const struct rk_extent *extents, size_t num_extents, uint64_t pages_max,
                        uint64_t *ret_pages);
+/* The body of a GET up to its extents. */
+void shm_get_fill(const struct rk_get *get, struct shm_get *ret_body);
+/* "STATUS_NAME text", why a get failed: its bytes without a final NUL; and back. */
+size_t shm_failure_format(enum rk_status status, const char *text,
+                          char ret_line[SHM_ERROR_TEXT_MAX]);
+enum rk_status shm_failure_parse(const uint8_t *line, size_t bytes, struct rk_error *error);
 void shm_header_fill(struct shm_frame_header *header, enum shm_frame_type type, uint32_t request_id,
                      size_t body_bytes);
 

@@ -12,7 +12,8 @@
 #include <unistd.h>
 
 /* Nearest first. */
-static const struct transport_ops *const paths[] = {&transport_shm, &transport_grpc};
+static const struct transport_ops *const paths[] = {&transport_shm, &transport_ucx,
+                                                    &transport_grpc};
 #define NUM_PATHS (sizeof(paths) / sizeof(paths[0]))
 
 struct rk_transport {
@@ -27,7 +28,7 @@ const char *rk_path_name(enum rk_path path)
             return paths[i]->name;
         }
     }
-    return path == RK_PATH_UCX ? "ucx" : "none";
+    return "none";
 }
 
 static char host_id[64];

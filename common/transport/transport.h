@@ -5,10 +5,10 @@
  *   shm   same host: the store's arena (a sealed memfd, passed over a Unix
  *         socket) is mapped read-only; pages are read in place, pinned by a
  *         count that the store drops when the reader's connection dies.
+ *   ucx   other hosts: the store pushes pages over UCX active messages.
  *   grpc  anyone: a stream into a buffer of the reader.
- * (UCX joins as a third row of the same table.)
  *
- * The only user of shared memory. Checksums are carried, not verified: the
+ * The only user of shared memory and of UCX. Checksums are carried, not verified: the
  * reader verifies where it uses the bytes (rk_page_verify).
  *
  * Client threads: a connection is used by one thread at a time.
@@ -36,6 +36,7 @@ struct rk_transport_endpoint {
     const char *grpc_address; /* required */
     const char *host_id;      /* "" when unknown */
     const char *shm_socket;   /* "" when not served */
+    const char *ucx_address;  /* host:port, "" when not served */
 };
 
 struct rk_get {
@@ -64,7 +65,8 @@ struct rk_pages {
     void *hold; /* of the transport */
 };
 
-/* path RK_PATH_NONE: the nearest that works (shm, else grpc). Else that one or an error. */
+/* path RK_PATH_NONE: the nearest that works (shm, else ucx, else grpc). Else that one or an
+ * error. */
 RK_MUST_CHECK enum rk_status rk_transport_connect(const struct rk_transport_endpoint *endpoint,
                                                   enum rk_path path, int timeout_ms,
                                                   struct rk_transport **ret_transport,
@@ -80,19 +82,20 @@ void rk_transport_destroy(struct rk_transport *transport);
 
 bool rk_page_verify(const struct rk_page *page, size_t page_bytes);
 
-/* ---- Store side of the shm path ---- */
+/* ---- Store side ---- */
 
-struct rk_shm_server;
-
-/* Called on the server's own thread(s); must be safe beside the store's other callers. */
-struct rk_shm_server_ops {
+/* What a store does for a path. Called on the path's own thread; must be safe beside the store's
+ * other callers. */
+struct rk_transport_store_ops {
     /* Pins the pages and gives their byte offsets in the arena and checksums,
      * in the order of the extents. num_pages: in, room; out, written. */
-    enum rk_status (*pin)(void *context, const struct rk_get *get, uint64_t *ret_offsets,
-                          uint64_t *ret_checksums, uint64_t *num_pages, void **ret_pin,
-                          struct rk_error *error);
+    enum rk_status (*pin)(void *context, enum rk_path path, const struct rk_get *get,
+                          uint64_t *ret_offsets, uint64_t *ret_checksums, uint64_t *num_pages,
+                          void **ret_pin, struct rk_error *error);
     void (*unpin)(void *context, void *pin);
 };
+
+struct rk_shm_server;
 
 struct rk_shm_server_options {
     const char *socket_path; /* made with mode 0600, replaced if stale, removed at stop */
@@ -101,7 +104,7 @@ struct rk_shm_server_options {
     uint32_t connections_max; /* 0: 256 */
     uint32_t pins_max;        /* per connection, 0: 4,096 */
     uint64_t pages_max;       /* per get, 0: 1 << 20 */
-    const struct rk_shm_server_ops *ops;
+    const struct rk_transport_store_ops *ops;
     void *context;
 };
 
@@ -109,5 +112,23 @@ RK_MUST_CHECK enum rk_status rk_shm_server_start(const struct rk_shm_server_opti
                                                  struct rk_shm_server **ret_server,
                                                  struct rk_error *error);
 void rk_shm_server_stop(struct rk_shm_server *server); /* unpins all; accepts NULL */
+
+struct rk_ucx_server;
+
+struct rk_ucx_server_options {
+    const char *listen;       /* host:port, port 0: any; borrowed until stop */
+    const void *arena;        /* borrowed until stop */
+    uint32_t connections_max; /* 0: 256 */
+    uint32_t gets_max;        /* under way, per connection; 0: 64 */
+    const struct rk_transport_store_ops *ops;
+    void *context;
+};
+
+/* RK_ERR_UNSUPPORTED: this machine has no UCX. RK_ERR_UNAVAILABLE: the address cannot be used. */
+RK_MUST_CHECK enum rk_status rk_ucx_server_start(const struct rk_ucx_server_options *options,
+                                                 struct rk_ucx_server **ret_server,
+                                                 struct rk_error *error);
+int rk_ucx_server_port(const struct rk_ucx_server *server);
+void rk_ucx_server_stop(struct rk_ucx_server *server); /* unpins all; accepts NULL */
 
 #endif

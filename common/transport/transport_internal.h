@@ -22,6 +22,7 @@ struct transport_ops {
 };
 
 extern const struct transport_ops transport_shm;
+extern const struct transport_ops transport_ucx;
 extern const struct transport_ops transport_grpc;
 
 #endif

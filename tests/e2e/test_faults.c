@@ -2,9 +2,9 @@
  * Goal:   a process that dies or lies costs time, never a wrong answer: store, coordinator and
  *         worker killed in the middle of a request and at random moments; a stopped store, a
  *         stopped coordinator; a flipped byte; all restarts; two puts of the same at once.
- * Method: real processes, SIGKILL and SIGSTOP at the first token, before the request and after a
- *         random delay (the seed is printed), SIGUSR1 to the store's fault injection. The
- *         reference answer is computed once at level `full`; every exact answer must equal it.
+ * Method: real processes, each read path, SIGKILL and SIGSTOP at the first token, before the
+ * request and after a random delay (the seed is printed), SIGUSR1 to the store's fault injection.
+ * The reference answer is computed once at level `full`; every exact answer must equal it.
  */
 #include "tests/e2e/cluster.h"
 #include "tests/e2e/documents.h"
@@ -38,6 +38,7 @@ static struct rk_segment_input segments[DOCUMENTS];
 static struct cluster cluster;
 static int32_t reference[GENERATED];
 static uint64_t seed;
+static const char *path; /* by which the workers read; NULL: the nearest */
 
 static struct rk_generate_request request_at(const char *level, uint32_t num_tokens)
 {
@@ -56,6 +57,7 @@ static int start(void **state)
     static const char *const store_args[] = {"--scrub-rate", "0", NULL};
     static const char *const worker_args[] = {"--fetch-timeout-ms", "500", NULL};
     struct cluster_options options = {.num_workers = 2,
+                                      .path = path,
                                       .store_faults = true,
                                       .store_args = store_args,
                                       .worker_args = worker_args};
@@ -457,5 +459,16 @@ int main(void)
         cmocka_unit_test(puts_work_after_restarts),
         cmocka_unit_test(scrubber_drops_a_flipped_byte),
     };
-    return cmocka_run_group_tests(tests, start, stop);
+    const struct CMUnitTest over_network[] = {
+        cmocka_unit_test(store_killed_in_the_middle),
+        cmocka_unit_test(store_killed_at_random_moments),
+        cmocka_unit_test(worker_killed_in_the_middle),
+        cmocka_unit_test(stopped_store_is_a_miss_in_time),
+        cmocka_unit_test(flipped_byte_is_a_counted_miss),
+    };
+    int failed = cmocka_run_group_tests(tests, start, stop);
+    path = "ucx";
+    failed += cmocka_run_group_tests_name("over ucx", over_network, start, stop);
+    path = "grpc";
+    return failed + cmocka_run_group_tests_name("over grpc", over_network, start, stop);
 }

@@ -174,6 +174,12 @@ static void exact_equals_full_in_f32_over_grpc(void **state)
     exact_equals_full("f32", "grpc", 10);
 }
 
+static void exact_equals_full_over_ucx(void **state)
+{
+    (void)state;
+    exact_equals_full(NULL, "ucx", 10);
+}
+
 /* Documents stored one way round and asked for the other way round, by a worker that never
  * computed them. */
 static void fast_reuses_in_another_order(void **unused)
@@ -245,6 +251,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(exact_equals_full_over_shared_memory),
         cmocka_unit_test(exact_equals_full_in_f32_over_grpc),
+        cmocka_unit_test(exact_equals_full_over_ucx),
         cmocka_unit_test(fast_reuses_in_another_order),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

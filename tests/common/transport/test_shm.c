@@ -46,11 +46,12 @@ struct arena {
     struct rk_shm_server *server;
 };
 
-static enum rk_status arena_pin(void *context, const struct rk_get *get, uint64_t *ret_offsets,
-                                uint64_t *ret_checksums, uint64_t *num_pages, void **ret_pin,
-                                struct rk_error *error)
+static enum rk_status arena_pin(void *context, enum rk_path path, const struct rk_get *get,
+                                uint64_t *ret_offsets, uint64_t *ret_checksums, uint64_t *num_pages,
+                                void **ret_pin, struct rk_error *error)
 {
     struct arena *arena = context;
+    (void)path;
     uint64_t done = 0;
     if (get->generation != 1) {
         return RK_MISS_STALE_GENERATION;
@@ -82,7 +83,7 @@ static void arena_unpin(void *context, void *pin)
     RK_ASSERT(atomic_fetch_sub(&arena->pins, 1) > 0);
 }
 
-static const struct rk_shm_server_ops arena_ops = {.pin = arena_pin, .unpin = arena_unpin};
+static const struct rk_transport_store_ops arena_ops = {.pin = arena_pin, .unpin = arena_unpin};
 
 static void server_start(struct arena *arena, uint32_t pins_max, uint32_t connections_max)
 {

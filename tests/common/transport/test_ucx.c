@@ -1,0 +1,515 @@
+/*
+ * Goal:   the UCX path brings the store's bytes with their checksums; whichever end dies, stops or
+ *         lies, the other goes on within its deadline, without a pin or memory left behind.
+ * Method: a server over an arena with a counting pin, and readers in this process; ucx_peer is the
+ *         other end where it is stopped and killed; raw active messages and raw bytes that are no
+ *         messages at all for the rest. The network is loopback's.
+ */
+#include "common/transport/ucx_internal.h"
+#include "tests/common/transport/ucx_arena.h"
+
+#include "common/base/clock.h"
+#include "common/base/log.h"
+
+#include <arpa/inet.h>
+#include <dirent.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <spawn.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#define WAIT_MS  20000
+#define CONNECTS 100
+
+static struct arena arena;
+
+static int set_up(void **state)
+{
+    struct rk_error error = {.text = ""};
+    (void)state;
+    if (arena_serve(&arena, &error) != RK_OK) {
+        fail_msg("%s", error.text);
+    }
+    return 0;
+}
+
+static int tear_down(void **state)
+{
+    (void)state;
+    rk_ucx_server_stop(arena.server);
+    assert_int_equal(atomic_load(&arena.pins), 0); /* stop unpins all */
+    rk_free(arena.bytes);
+    return 0;
+}
+
+static const char *address_of(int port)
+{
+    static char text[32];
+    (void)snprintf(text, sizeof(text), "127.0.0.1:%d", port);
+    return text;
+}
+
+static struct rk_transport *reader_connect(int port, int timeout_ms, enum rk_status *ret_status)
+{
+    const struct rk_transport_endpoint endpoint = {
+        .grpc_address = "", .host_id = "", .shm_socket = "", .ucx_address = address_of(port)};
+    struct rk_transport *transport = NULL;
+    struct rk_error error = {.text = ""};
+    *ret_status = rk_transport_connect(&endpoint, RK_PATH_UCX, timeout_ms, &transport, &error);
+    return transport;
+}
+
+static struct rk_transport *reader(void)
+{
+    enum rk_status status = RK_OK;
+    struct rk_transport *transport =
+        reader_connect(rk_ucx_server_port(arena.server), WAIT_MS, &status);
+    assert_int_equal(status, RK_OK);
+    assert_int_equal(rk_transport_path(transport), RK_PATH_UCX);
+    return transport;
+}
+
+static struct rk_get get_of(const struct rk_extent *extents, size_t num_extents, int timeout_ms)
+{
+    return (struct rk_get){.generation = 1,
+                           .page_bytes = PAGE_BYTES,
+                           .extents = extents,
+                           .num_extents = num_extents,
+                           .pages_max = 4 * NUM_PAGES,
+                           .deadline_ns = rk_deadline_in_ms(timeout_ms)};
+}
+
+static void pins_become(int wanted)
+{
+    int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
+    while (atomic_load(&arena.pins) != wanted && rk_deadline_left_ms(deadline_ns) > 0) {
+        rk_clock_sleep_ms(1);
+    }
+    assert_int_equal(atomic_load(&arena.pins), wanted);
+}
+
+/* ---- What it is for ---- */
+
+static void expect_pages(struct rk_transport *transport, const struct rk_extent *extents,
+                         size_t num_extents)
+{
+    struct rk_pages pages = {0};
+    struct rk_error error = {.text = ""};
+    struct rk_get get = get_of(extents, num_extents, WAIT_MS);
+    uint64_t at = 0;
+    if (rk_transport_get(transport, &get, &pages, &error) != RK_OK) {
+        fail_msg("%s", error.text);
+    }
+    assert_int_equal(pages.path, RK_PATH_UCX);
+    assert_int_equal(pages.tier, RK_TIER_DRAM);
+    for (size_t i = 0; i < num_extents; i++) {
+        for (uint32_t page = extents[i].page_begin; page < extents[i].page_end; page++, at++) {
+            assert_memory_equal(pages.pages[at].data, arena.bytes + (size_t)page * PAGE_BYTES,
+                                PAGE_BYTES);
+            assert_true(rk_page_verify(&pages.pages[at], PAGE_BYTES));
+        }
+    }
+    assert_int_equal(pages.num_pages, at);
+    assert_int_equal(pages.bytes, at * PAGE_BYTES);
+    rk_transport_release(transport, &pages);
+}
+
+static void bytes_are_those_of_the_store(void **state)
+{
+    (void)state;
+    static struct rk_extent odd[NUM_PAGES / 2];
+    const struct rk_extent one[] = {{0, 0, 7, 8}};
+    const struct rk_extent two[] = {{0, 0, 60, 64}, {0, 0, 2, 4}};
+    const struct rk_extent all[] = {{0, 0, 0, NUM_PAGES}};
+    for (uint32_t i = 0; i < NUM_PAGES / 2; i++) {
+        odd[i] = (struct rk_extent){0, 0, 2 * i + 1, 2 * i + 2}; /* No two lie side by side. */
+    }
+    struct rk_transport *transport = reader();
+    expect_pages(transport, one, 1);
+    expect_pages(transport, two, 2);
+    expect_pages(transport, all, 1);
+    expect_pages(transport, odd, NUM_PAGES / 2);
+    expect_pages(transport, one, 1);
+    rk_transport_destroy(transport);
+    pins_become(0);
+}
+
+static void misses_and_errors_carry_their_reason(void **state)
+{
+    (void)state;
+    struct rk_transport *transport = reader();
+    struct rk_pages pages = {0};
+    struct rk_error error = {.text = ""};
+    const struct rk_extent one = {0, 0, 0, 1};
+    const struct rk_extent outside = {7, 0, 0, 1};
+    struct rk_get get = get_of(&one, 1, WAIT_MS);
+    get.generation = 2;
+    assert_int_equal(rk_transport_get(transport, &get, &pages, &error), RK_MISS_STALE_GENERATION);
+    get = get_of(&one, 1, WAIT_MS);
+    get.page_bytes = 8192;
+    assert_int_equal(rk_transport_get(transport, &get, &pages, &error), RK_MISS_FINGERPRINT);
+    get = get_of(&outside, 1, WAIT_MS);
+    assert_int_equal(rk_transport_get(transport, &get, &pages, &error), RK_ERR_INVALID);
+    assert_string_equal(error.text, "extent 0 is outside");
+    expect_pages(transport, &one, 1); /* None of it hurt the connection. */
+    rk_transport_destroy(transport);
+}
+
+/* ---- Peers that die or stop ---- */
+
+struct peer {
+    pid_t pid;
+    FILE *in;
+    FILE *out;
+};
+
+static void peer_start(struct peer *peer, char *const *arguments)
+{
+    int in[2];
+    int out[2];
+    posix_spawn_file_actions_t actions;
+    char path[] = REDKNOT_BINARY_DIR "/tests/ucx_peer";
+    char *argv[5] = {path};
+    for (int i = 0; arguments[i]; i++) {
+        argv[i + 1] = arguments[i];
+    }
+    assert_int_equal(pipe2(in, 02000000 /* O_CLOEXEC */), 0);
+    assert_int_equal(pipe2(out, 02000000), 0);
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_adddup2(&actions, in[0], 0);
+    posix_spawn_file_actions_adddup2(&actions, out[1], 1);
+    assert_int_equal(posix_spawn(&peer->pid, path, &actions, NULL, argv, environ), 0);
+    posix_spawn_file_actions_destroy(&actions);
+    close(in[0]);
+    close(out[1]);
+    peer->in = fdopen(in[1], "w");
+    peer->out = fdopen(out[0], "r");
+}
+
+static void peer_end(struct peer *peer, int signal_number)
+{
+    if (signal_number != 0) {
+        assert_int_equal(kill(peer->pid, signal_number), 0);
+    }
+    (void)fclose(peer->in);
+    (void)fclose(peer->out);
+    assert_int_equal(waitpid(peer->pid, NULL, 0), peer->pid);
+}
+
+static int peer_line(struct peer *peer)
+{
+    char line[64];
+    assert_non_null(fgets(line, sizeof(line), peer->out));
+    return (int)strtol(line, NULL, 10);
+}
+
+static int store_start(struct peer *peer)
+{
+    char serve[] = "serve";
+    char *arguments[] = {serve, NULL};
+    peer_start(peer, arguments);
+    return peer_line(peer);
+}
+
+static void reader_start(struct peer *peer, int timeout_ms)
+{
+    char text[32];
+    char timeout[16];
+    (void)snprintf(text, sizeof(text), "127.0.0.1:%d", rk_ucx_server_port(arena.server));
+    (void)snprintf(timeout, sizeof(timeout), "%d", timeout_ms);
+    char read[] = "read";
+    char *arguments[] = {read, text, timeout, NULL};
+    peer_start(peer, arguments);
+    (void)peer_line(peer); /* It has read once, and goes on. */
+}
+
+static void a_killed_store_is_noticed(void **state)
+{
+    (void)state;
+    struct peer store;
+    struct rk_pages pages = {0};
+    enum rk_status status = RK_OK;
+    const struct rk_extent all = {0, 0, 0, NUM_PAGES};
+    int port = store_start(&store);
+    struct rk_transport *transport = reader_connect(port, WAIT_MS, &status);
+    assert_int_equal(status, RK_OK);
+    struct rk_get get = get_of(&all, 1, WAIT_MS);
+    assert_int_equal(rk_transport_get(transport, &get, &pages, NULL), RK_OK);
+    rk_transport_release(transport, &pages);
+    peer_end(&store, SIGKILL);
+    get = get_of(&all, 1, WAIT_MS);
+    int64_t begin_ns = rk_clock_ns();
+    assert_int_equal(rk_transport_get(transport, &get, &pages, NULL), RK_ERR_UNAVAILABLE);
+    assert_true(rk_clock_ns() - begin_ns < WAIT_MS / 2 * INT64_C(1000000)); /* Not the deadline. */
+    rk_transport_destroy(transport);
+    assert_null(reader_connect(port, WAIT_MS, &status));
+    assert_int_equal(status, RK_ERR_UNAVAILABLE);
+}
+
+static void a_stopped_store_costs_one_deadline(void **state)
+{
+    (void)state;
+    struct peer store;
+    struct rk_pages pages = {0};
+    enum rk_status status = RK_OK;
+    const struct rk_extent all = {0, 0, 0, NUM_PAGES};
+    int port = store_start(&store);
+    struct rk_transport *transport = reader_connect(port, WAIT_MS, &status);
+    assert_int_equal(status, RK_OK);
+    assert_int_equal(kill(store.pid, SIGSTOP), 0);
+    struct rk_get get = get_of(&all, 1, 300);
+    enum rk_status late = rk_transport_get(transport, &get, &pages, NULL);
+    assert_true(late == RK_MISS_DEADLINE || late == RK_ERR_DEADLINE);
+    assert_null(reader_connect(port, 300, &status));
+    assert_int_equal(status, RK_ERR_UNAVAILABLE);
+    assert_int_equal(kill(store.pid, SIGCONT), 0);
+    if (late == RK_ERR_DEADLINE) { /* In the middle of a frame: the connection is lost. */
+        rk_transport_destroy(transport);
+        transport = reader_connect(port, WAIT_MS, &status);
+        assert_int_equal(status, RK_OK);
+    }
+    get = get_of(&all, 1, WAIT_MS); /* Late frames of the first get are not taken for these. */
+    assert_int_equal(rk_transport_get(transport, &get, &pages, NULL), RK_OK);
+    for (uint64_t i = 0; i < pages.num_pages; i++) {
+        assert_true(rk_page_verify(&pages.pages[i], PAGE_BYTES));
+    }
+    rk_transport_release(transport, &pages);
+    rk_transport_destroy(transport);
+    peer_end(&store, 0);
+}
+
+static void a_killed_reader_lets_go(void **state)
+{
+    (void)state;
+    struct peer peer;
+    reader_start(&peer, WAIT_MS);
+    peer_end(&peer, SIGKILL);
+    pins_become(0);
+    struct rk_transport *transport = reader();
+    const struct rk_extent one = {0, 0, 0, 1};
+    expect_pages(transport, &one, 1);
+    rk_transport_destroy(transport);
+}
+
+static void a_stopped_reader_is_cut_off(void **state)
+{
+    (void)state;
+    struct peer peer;
+    reader_start(&peer, 500);
+    rk_clock_sleep_ms(20);
+    assert_int_equal(kill(peer.pid, SIGSTOP), 0);
+    pins_become(0); /* Though it never said so. */
+    struct rk_transport *transport = reader();
+    const struct rk_extent all = {0, 0, 0, NUM_PAGES};
+    expect_pages(transport, &all, 1);
+    rk_transport_destroy(transport);
+    peer_end(&peer, SIGKILL);
+}
+
+/* ---- Many, and strange ones ---- */
+
+static int open_descriptors(void)
+{
+    DIR *folder = opendir("/proc/self/fd");
+    int count = 0;
+    assert_non_null(folder);
+    while (readdir(folder)) {
+        count++;
+    }
+    closedir(folder);
+    return count;
+}
+
+static void connections_come_and_go(void **state)
+{
+    (void)state;
+    const struct rk_extent one = {0, 0, 0, 1};
+    int before = 0;
+    for (int i = 0; i < CONNECTS; i++) {
+        struct rk_transport *transport = reader();
+        if (i % 2) {
+            expect_pages(transport, &one, 1);
+        }
+        rk_transport_destroy(transport);
+        if (i == CONNECTS / 2) {
+            before = open_descriptors();
+        }
+    }
+    assert_true(open_descriptors() < before + CONNECTS / 4);
+}
+
+static void connections_are_bounded(void **state)
+{
+    (void)state;
+    struct rk_transport *readers[CONNECTIONS];
+    enum rk_status status = RK_OK;
+    for (int i = 0; i < CONNECTIONS; i++) {
+        readers[i] = reader();
+    }
+    assert_null(reader_connect(rk_ucx_server_port(arena.server), 2000, &status));
+    assert_int_equal(status, RK_ERR_UNAVAILABLE);
+    for (int i = 0; i < CONNECTIONS; i++) {
+        rk_transport_destroy(readers[i]);
+    }
+}
+
+/* A reader made by hand. */
+struct stranger {
+    struct ucx_worker ucx;
+    ucp_ep_h endpoint;
+    bool cut;
+};
+
+static void on_cut(void *context, ucp_ep_h endpoint, ucs_status_t status)
+{
+    (void)endpoint;
+    (void)status;
+    ((struct stranger *)context)->cut = true;
+}
+
+static void stranger_send(struct stranger *stranger, unsigned id, const void *header,
+                          size_t header_bytes, const void *data, size_t bytes)
+{
+    const ucp_request_param_t params = {.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS,
+                                        .flags = UCP_AM_SEND_FLAG_REPLY | UCP_AM_SEND_FLAG_EAGER};
+    ucs_status_ptr_t request = stranger->ucx.api->ucp_am_send_nbx(
+        stranger->endpoint, id, header, header_bytes, data, bytes, &params);
+    int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
+    if (UCS_PTR_IS_PTR(request)) {
+        while (stranger->ucx.api->ucp_request_check_status(request) == UCS_INPROGRESS) {
+            assert_true(rk_deadline_left_ms(deadline_ns) > 0);
+            ucx_worker_wait(&stranger->ucx, -1, deadline_ns);
+        }
+        stranger->ucx.api->ucp_request_free(request);
+    }
+}
+
+static void stranger_start(struct stranger *stranger)
+{
+    struct ucx_address address;
+    *stranger = (struct stranger){.endpoint = NULL};
+    assert_int_equal(
+        ucx_address_resolve(address_of(rk_ucx_server_port(arena.server)), &address, NULL), RK_OK);
+    assert_int_equal(ucx_worker_create(&address, &stranger->ucx, NULL), RK_OK);
+    const ucp_ep_params_t params = {
+        .field_mask = UCP_EP_PARAM_FIELD_FLAGS | UCP_EP_PARAM_FIELD_SOCK_ADDR |
+                      UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | UCP_EP_PARAM_FIELD_ERR_HANDLER,
+        .flags = UCP_EP_PARAMS_FLAGS_CLIENT_SERVER,
+        .err_mode = UCP_ERR_HANDLING_MODE_PEER,
+        .err_handler = {.cb = on_cut, .arg = stranger},
+        .sockaddr = {.addr = (const struct sockaddr *)&address.storage, .addrlen = address.bytes}};
+    assert_int_equal(
+        stranger->ucx.api->ucp_ep_create(stranger->ucx.worker, &params, &stranger->endpoint),
+        UCS_OK);
+}
+
+static void stranger_is_cut(struct stranger *stranger)
+{
+    int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
+    while (!stranger->cut && rk_deadline_left_ms(deadline_ns) > 0) {
+        ucx_worker_wait(&stranger->ucx, -1, deadline_ns);
+    }
+    assert_true(stranger->cut);
+    ucx_endpoint_kill(&stranger->ucx, stranger->endpoint, deadline_ns);
+    ucx_worker_destroy(&stranger->ucx);
+}
+
+static void strangers_are_cut_off(void **state)
+{
+    (void)state;
+    const struct ucx_hello good = {UCX_MAGIC, UCX_VERSION};
+    const struct ucx_hello other = {UCX_MAGIC, UCX_VERSION + 1};
+    const struct ucx_get get = {UCX_MAGIC, 1, WAIT_MS};
+    struct {
+        struct shm_get get;
+        struct rk_extent extents[2];
+    } body = {.get = {.generation = 1, .page_bytes = PAGE_BYTES, .num_extents = 1000},
+              .extents = {{0, 0, 0, 1}, {0, 0, 9, 3}}};
+    struct stranger stranger;
+    for (int kind = 0; kind < 6; kind++) {
+        stranger_start(&stranger);
+        if (kind >= 2) {
+            stranger_send(&stranger, UCX_HELLO, &good, sizeof(good), NULL, 0);
+        }
+        switch (kind) {
+        case 0: /* another version */
+            stranger_send(&stranger, UCX_HELLO, &other, sizeof(other), NULL, 0);
+            break;
+        case 1: /* no hello */
+            stranger_send(&stranger, UCX_GET, &get, sizeof(get), &body, sizeof(body));
+            break;
+        case 2: /* more extents than were sent */
+            stranger_send(&stranger, UCX_GET, &get, sizeof(get), &body, sizeof(body));
+            break;
+        case 3: /* an extent that ends before it begins */
+            body.get.num_extents = 2;
+            stranger_send(&stranger, UCX_GET, &get, sizeof(get), &body, sizeof(body));
+            break;
+        case 4: /* half a header */
+            stranger_send(&stranger, UCX_GET, &get, 3, &body, sizeof(body));
+            break;
+        default: /* nothing asked for */
+            stranger_send(&stranger, UCX_GET, &get, sizeof(get), NULL, 0);
+            break;
+        }
+        stranger_is_cut(&stranger);
+    }
+    /* Frames that nobody knows are nothing to anybody. */
+    for (unsigned id = 0; id < 65536; id = 2 * id + 5) {
+        stranger_start(&stranger);
+        stranger_send(&stranger, id, &get, sizeof(get), &body, sizeof(body));
+        ucx_endpoint_kill(&stranger.ucx, stranger.endpoint, rk_deadline_in_ms(WAIT_MS));
+        ucx_worker_destroy(&stranger.ucx);
+    }
+    /* And bytes that are no UCX at all. */
+    struct sockaddr_in to = {.sin_family = AF_INET,
+                             .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+                             .sin_port = htons((uint16_t)rk_ucx_server_port(arena.server))};
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert_int_equal(connect(fd, (struct sockaddr *)&to, sizeof(to)), 0);
+    assert_true(send(fd, "GET / HTTP/1.0\r\n\r\n", 18, MSG_NOSIGNAL) == 18);
+    struct rk_transport *transport = reader();
+    const struct rk_extent one = {0, 0, 0, 1};
+    expect_pages(transport, &one, 1);
+    rk_transport_destroy(transport);
+    close(fd);
+}
+
+static void nobody_listens_there(void **state)
+{
+    (void)state;
+    struct rk_error error = {.text = ""};
+    const struct rk_transport_endpoint endpoint = {
+        .grpc_address = "", .host_id = "", .shm_socket = "", .ucx_address = "127.0.0.1:1"};
+    struct rk_transport *transport = NULL;
+    assert_int_equal(rk_transport_connect(&endpoint, RK_PATH_UCX, WAIT_MS, &transport, &error),
+                     RK_ERR_UNAVAILABLE);
+    assert_true(error.text[0] != '\0');
+}
+
+int main(void)
+{
+    rk_log_init("test", RK_LOG_LEVEL_ERROR);
+#define WITH_SERVER(test) cmocka_unit_test_setup_teardown(test, set_up, tear_down)
+    const struct CMUnitTest tests[] = {
+        WITH_SERVER(bytes_are_those_of_the_store),
+        WITH_SERVER(misses_and_errors_carry_their_reason),
+        cmocka_unit_test(a_killed_store_is_noticed),
+        cmocka_unit_test(a_stopped_store_costs_one_deadline),
+        WITH_SERVER(a_killed_reader_lets_go),
+        WITH_SERVER(a_stopped_reader_is_cut_off),
+        WITH_SERVER(connections_come_and_go),
+        WITH_SERVER(connections_are_bounded),
+        WITH_SERVER(strangers_are_cut_off),
+        cmocka_unit_test(nobody_listens_there),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
