@@ -5,4 +5,5 @@ cd "$(dirname "$0")/.."
 bench/prefill.py --threads 1 "$@"
 bench/ttft.py --threads 1
 bench/ttft.py --threads 2
+bench/data_path.py
 bench/memory.py

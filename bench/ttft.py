@@ -2,7 +2,7 @@
 """Time to first token of a 2,048-token context and a 32-token question: cold, exact (same chain), fast (another
 order), in interleaved rounds on one worker of a real cluster. The client's clock, so fetch and RPC are in it.
 
-usage: bench/ttft.py [--threads N] [--rounds N] [--segments N] [--tokens N] [--mode bf16|f32] [--path auto|shm|grpc]
+usage: bench/ttft.py [--threads N] [--rounds N] [--segments N] [--tokens N] [--mode bf16|f32]
 JSON lines: one per round and level, then the medians."""
 import argparse, json, statistics
 
