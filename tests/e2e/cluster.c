@@ -23,17 +23,30 @@
 #define START_TIMEOUT_MS 60000
 #define STOP_TIMEOUT_MS  20000
 
-/* A port that was free a moment ago. */
+/*
+ * A port that nobody uses, below those that the kernel hands out by itself, so that neither the
+ * connections of a test nor another server's "any port" can take it before its owner starts.
+ */
 static int free_port(void)
 {
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t length = sizeof(address);
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    assert_true(fd >= 0);
-    assert_int_equal(bind(fd, (struct sockaddr *)&address, sizeof(address)), 0);
-    assert_int_equal(getsockname(fd, (struct sockaddr *)&address, &length), 0);
-    close(fd);
-    return ntohs(address.sin_port);
+    enum { BEGIN = 15000, COUNT = 15000 };
+    static uint32_t next;
+    next = next != 0 ? next : (uint32_t)getpid() * 97;
+    for (int tries = 0; tries < COUNT; tries++) {
+        int port = BEGIN + (int)(next++ % COUNT);
+        struct sockaddr_in address = {.sin_family = AF_INET,
+                                      .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+                                      .sin_port = htons((uint16_t)port)};
+        int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        assert_true(fd >= 0);
+        bool is_free = bind(fd, (struct sockaddr *)&address, sizeof(address)) == 0;
+        close(fd);
+        if (is_free) {
+            return port;
+        }
+    }
+    fail_msg("no free port in [%d, %d)", BEGIN, BEGIN + COUNT);
+    return 0;
 }
 
 static void loopback(char ret_address[32])
