@@ -3,7 +3,7 @@ JOBS ?= $(shell nproc)
 BUILD := build
 CTEST_ARGS ?=
 
-.PHONY: help setup build demo test bench clean format lint
+.PHONY: help setup build demo test bench verify clean format lint
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ build: setup ## Build into build/, binaries in build/bin
 
 bench: build ## The benchmarks of docs/benchmarks.md, some minutes
 	@bench/run.sh
+
+verify: ## Check the model of the store's protocol with spin, a minute
+	@tools/setup.sh tools/packages-ci.txt
+	@tests/model/run.sh
 
 lint: build ## Format, clang-tidy and include direction
 	@tools/setup.sh tools/packages-ci.txt

@@ -404,6 +404,8 @@ enum rk_status kvstore_commit(struct kvstore *store, const struct kvstore_name *
         goto done;
     }
     if (old) {
+        /* Told as well: the fresh one may be undone, and then this one is not there either. */
+        kvstore_removed_note(store, old);
         kvstore_shard_remove(store, old); /* The staged one keeps their slot. */
     }
     kvstore_staged_take(store, fresh);

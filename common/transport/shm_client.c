@@ -70,7 +70,10 @@ static enum rk_status send_all(struct shm_client *client, const void *data, size
             done += (size_t)sent;
         } else if (errno == EAGAIN) {
             if (wait_for(client->fd, POLLOUT, deadline_ns) != RK_OK) {
-                client->broken = client->broken || done > 0;
+                if (done > 0) {
+                    client->broken = true;
+                    return rk_error_set(error, RK_ERR_DEADLINE, "the store stopped in a request");
+                }
                 return RK_MISS_DEADLINE;
             }
         } else if (errno != EINTR) {

@@ -146,6 +146,11 @@ static void a_newer_generation_supersedes(void **state)
     assert_int_equal(used(store), 4 * 4096);
     assert_int_equal(shard_write(store, &old, 1), RK_ERR_EXISTS);
     assert_int_equal(kvstore_drop(store, &old_name), RK_ERR_NOT_FOUND);
+    /* The coordinator hears of it: should it undo the fresh one, the old one is gone too. */
+    struct kvstore_name told[2];
+    bool lost = false;
+    assert_int_equal(kvstore_removed_take(store, told, 2, &lost), 1);
+    assert_int_equal(told[0].generation, old.generation);
     struct kvstore_header other = fresh;
     other.fingerprint.bytes[0] ^= 1;
     assert_int_equal(shard_read(store, &other), RK_MISS_FINGERPRINT);
