@@ -524,8 +524,11 @@ static enum rk_status listener_create(struct rk_ucx_server *server, struct ucx_a
         result = server->ucx.api->ucp_listener_query(server->listener, &attributes);
     }
     if (result != UCS_OK) {
+        /* UCX calls a port that is taken a busy device. */
         return rk_error_set(error, RK_ERR_UNAVAILABLE, "cannot listen on %s over UCX: %s",
-                            server->options.listen, server->ucx.api->ucs_status_string(result));
+                            server->options.listen,
+                            result == UCS_ERR_BUSY ? "Address already in use"
+                                                   : server->ucx.api->ucs_status_string(result));
     }
     uint16_t port = attributes.sockaddr.ss_family == AF_INET6
                         ? ((struct sockaddr_in6 *)(void *)&attributes.sockaddr)->sin6_port

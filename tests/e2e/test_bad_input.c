@@ -257,6 +257,7 @@ static void taken_addresses(void **state)
         {"redknot-coordinator --data $D/c --listen $SPARE --metrics $TAKEN", 1, taken},
         {STORE "--dram 16MiB --listen $TAKEN --metrics ''", 1, taken},
         {STORE "--dram 16MiB --listen $SPARE --metrics $TAKEN", 1, taken},
+        {STORE "--dram 16MiB --listen $SPARE --metrics '' --ucx $TAKEN", 1, "already in use"},
         {"redknot-worker --model $M --listen $TAKEN --metrics $SPARE", 1, taken},
         {"redknot-worker --model $M --listen $SPARE --metrics $TAKEN", 1, taken},
     };

@@ -7,6 +7,7 @@
  */
 #include "common/transport/shm_wire_internal.h"
 #include "common/transport/transport.h"
+#include "tests/common/transport/pinned_pages.h"
 
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
@@ -36,54 +37,13 @@
 #define NUM_PAGES  64u
 #define WAIT_MS    10000
 
-/* Page p of layer 0, head 0 is page p of the arena; any other name is a miss. */
 struct arena {
     int fd;
-    uint8_t *bytes;
-    atomic_int pins;
+    struct pinned_pages pages;
     char folder[64];
     char socket[96];
     struct rk_shm_server *server;
 };
-
-static enum rk_status arena_pin(void *context, enum rk_path path, const struct rk_get *get,
-                                uint64_t *ret_offsets, uint64_t *ret_checksums, uint64_t *num_pages,
-                                void **ret_pin, struct rk_error *error)
-{
-    struct arena *arena = context;
-    (void)path;
-    uint64_t done = 0;
-    if (get->generation != 1) {
-        return RK_MISS_STALE_GENERATION;
-    }
-    if (get->page_bytes != PAGE_BYTES) {
-        return RK_MISS_FINGERPRINT;
-    }
-    for (size_t i = 0; i < get->num_extents; i++) {
-        if (get->extents[i].layer != 0 || get->extents[i].page_end > NUM_PAGES) {
-            return rk_error_set(error, RK_ERR_INVALID, "extent %zu is outside", i);
-        }
-        for (uint32_t page = get->extents[i].page_begin; page < get->extents[i].page_end; page++) {
-            RK_ASSERT(done < *num_pages);
-            ret_offsets[done] = (uint64_t)page * PAGE_BYTES;
-            ret_checksums[done] = rk_hash_xxh3(arena->bytes + ret_offsets[done], PAGE_BYTES);
-            done++;
-        }
-    }
-    *num_pages = done;
-    *ret_pin = arena;
-    atomic_fetch_add(&arena->pins, 1);
-    return RK_OK;
-}
-
-static void arena_unpin(void *context, void *pin)
-{
-    struct arena *arena = context;
-    RK_ASSERT(pin == arena);
-    RK_ASSERT(atomic_fetch_sub(&arena->pins, 1) > 0);
-}
-
-static const struct rk_transport_store_ops arena_ops = {.pin = arena_pin, .unpin = arena_unpin};
 
 static void server_start(struct arena *arena, uint32_t pins_max, uint32_t connections_max)
 {
@@ -93,8 +53,8 @@ static void server_start(struct arena *arena, uint32_t pins_max, uint32_t connec
                                                   .connections_max = connections_max,
                                                   .pins_max = pins_max,
                                                   .pages_max = 2 * NUM_PAGES,
-                                                  .ops = &arena_ops,
-                                                  .context = arena};
+                                                  .ops = &pinned_pages_ops,
+                                                  .context = &arena->pages};
     struct rk_error error = {0};
     enum rk_status status = rk_shm_server_start(&options, &arena->server, &error);
     if (status != RK_OK) {
@@ -111,11 +71,14 @@ static int set_up_arena(void **state)
     snprintf(arena->socket, sizeof(arena->socket), "%s/socket", arena->folder);
     arena->fd = memfd_create("arena", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     assert_int_equal(ftruncate(arena->fd, (off_t)bytes), 0);
-    arena->bytes = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, arena->fd, 0);
+    arena->pages.page_bytes = PAGE_BYTES;
+    arena->pages.num_pages = NUM_PAGES;
+    arena->pages.path = RK_PATH_SHM;
+    arena->pages.bytes = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, arena->fd, 0);
     assert_int_equal(
         fcntl(arena->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE), 0);
     for (size_t i = 0; i < bytes; i++) {
-        arena->bytes[i] = (uint8_t)(i * 31 + i / PAGE_BYTES);
+        arena->pages.bytes[i] = (uint8_t)(i * 31 + i / PAGE_BYTES);
     }
     *state = arena;
     return 0;
@@ -132,8 +95,8 @@ static int tear_down(void **state)
 {
     struct arena *arena = *state;
     rk_shm_server_stop(arena->server);
-    assert_int_equal(atomic_load(&arena->pins), 0); /* stop unpins all */
-    munmap(arena->bytes, NUM_PAGES * PAGE_BYTES);
+    assert_int_equal(atomic_load(&arena->pages.pins), 0); /* stop unpins all */
+    munmap(arena->pages.bytes, NUM_PAGES * PAGE_BYTES);
     close(arena->fd);
     unlink(arena->socket);
     assert_int_equal(rmdir(arena->folder), 0);
@@ -144,10 +107,10 @@ static int tear_down(void **state)
 static void pins_become(struct arena *arena, int wanted)
 {
     int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
-    while (atomic_load(&arena->pins) != wanted && rk_deadline_left_ms(deadline_ns) > 0) {
+    while (atomic_load(&arena->pages.pins) != wanted && rk_deadline_left_ms(deadline_ns) > 0) {
         rk_clock_sleep_ms(1);
     }
-    assert_int_equal(atomic_load(&arena->pins), wanted);
+    assert_int_equal(atomic_load(&arena->pages.pins), wanted);
 }
 
 static struct rk_transport *reader_connect(const struct arena *arena)
@@ -188,13 +151,13 @@ static void bytes_are_those_of_the_store(void **state)
     assert_int_equal(pages.bytes, 6 * PAGE_BYTES);
     assert_int_equal(pages.tier, RK_TIER_DRAM);
     for (size_t i = 0; i < 6; i++) {
-        assert_memory_equal(pages.pages[i].data, arena->bytes + expected[i] * PAGE_BYTES,
+        assert_memory_equal(pages.pages[i].data, arena->pages.bytes + expected[i] * PAGE_BYTES,
                             PAGE_BYTES);
         assert_true(rk_page_verify(&pages.pages[i], PAGE_BYTES));
     }
-    arena->bytes[2 * PAGE_BYTES + 5] ^= 1; /* In place: the reader sees the store's damage. */
+    arena->pages.bytes[2 * PAGE_BYTES + 5] ^= 1; /* In place: the reader sees the store's damage. */
     assert_false(rk_page_verify(&pages.pages[4], PAGE_BYTES));
-    assert_int_equal(atomic_load(&arena->pins), 1);
+    assert_int_equal(atomic_load(&arena->pages.pins), 1);
     rk_transport_release(reader, &pages);
     pins_become(arena, 0);
     rk_transport_destroy(reader);
@@ -486,7 +449,7 @@ static void a_stopped_store_is_a_miss_in_time(void **state)
     get.deadline_ns = rk_deadline_in_ms(WAIT_MS);
     for (int i = 0; i < 4; i++) {
         assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_OK);
-        assert_memory_equal(pages.pages[4].data, arena->bytes + 2 * PAGE_BYTES, PAGE_BYTES);
+        assert_memory_equal(pages.pages[4].data, arena->pages.bytes + 2 * PAGE_BYTES, PAGE_BYTES);
         rk_transport_release(reader, &pages);
     }
     kill(child, SIGKILL);
@@ -511,8 +474,8 @@ static void the_socket_is_private_and_single(void **state)
     struct rk_shm_server_options options = {.socket_path = arena->socket,
                                             .arena_fd = arena->fd,
                                             .arena_bytes = NUM_PAGES * PAGE_BYTES,
-                                            .ops = &arena_ops,
-                                            .context = arena};
+                                            .ops = &pinned_pages_ops,
+                                            .context = &arena->pages};
     assert_int_equal(rk_shm_server_start(&options, &second, &error), RK_ERR_EXISTS);
     char path[200];
     memset(path, 'x', sizeof(path));
@@ -531,8 +494,8 @@ static void start_survives_each_failed_allocation(void **state)
         struct rk_shm_server_options options = {.socket_path = arena->socket,
                                                 .arena_fd = arena->fd,
                                                 .arena_bytes = NUM_PAGES * PAGE_BYTES,
-                                                .ops = &arena_ops,
-                                                .context = arena};
+                                                .ops = &pinned_pages_ops,
+                                                .context = &arena->pages};
         rk_alloc_fail_after(failures);
         status = rk_shm_server_start(&options, &arena->server, NULL);
         assert_true(status == RK_OK || status == RK_ERR_NO_MEMORY);

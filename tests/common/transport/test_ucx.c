@@ -45,8 +45,8 @@ static int tear_down(void **state)
 {
     (void)state;
     rk_ucx_server_stop(arena.server);
-    assert_int_equal(atomic_load(&arena.pins), 0); /* stop unpins all */
-    rk_free(arena.bytes);
+    assert_int_equal(atomic_load(&arena.pages.pins), 0); /* stop unpins all */
+    rk_free(arena.pages.bytes);
     return 0;
 }
 
@@ -90,10 +90,10 @@ static struct rk_get get_of(const struct rk_extent *extents, size_t num_extents,
 static void pins_become(int wanted)
 {
     int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
-    while (atomic_load(&arena.pins) != wanted && rk_deadline_left_ms(deadline_ns) > 0) {
+    while (atomic_load(&arena.pages.pins) != wanted && rk_deadline_left_ms(deadline_ns) > 0) {
         rk_clock_sleep_ms(1);
     }
-    assert_int_equal(atomic_load(&arena.pins), wanted);
+    assert_int_equal(atomic_load(&arena.pages.pins), wanted);
 }
 
 /* ---- What it is for ---- */
@@ -112,7 +112,7 @@ static void expect_pages(struct rk_transport *transport, const struct rk_extent 
     assert_int_equal(pages.tier, RK_TIER_DRAM);
     for (size_t i = 0; i < num_extents; i++) {
         for (uint32_t page = extents[i].page_begin; page < extents[i].page_end; page++, at++) {
-            assert_memory_equal(pages.pages[at].data, arena.bytes + (size_t)page * PAGE_BYTES,
+            assert_memory_equal(pages.pages[at].data, arena.pages.bytes + (size_t)page * PAGE_BYTES,
                                 PAGE_BYTES);
             assert_true(rk_page_verify(&pages.pages[at], PAGE_BYTES));
         }

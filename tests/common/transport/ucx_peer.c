@@ -24,7 +24,7 @@ static int serve(void)
     (void)fflush(stdout);
     (void)getchar();
     rk_ucx_server_stop(arena.server);
-    rk_free(arena.bytes);
+    rk_free(arena.pages.bytes);
     return 0;
 }
 
