@@ -8,6 +8,7 @@
 struct hold_part {
     struct rk_kv_connection *connection;
     struct rk_pages pages;
+    enum rk_path path;
     uint64_t next; /* of pages, while they are put in order */
 };
 
@@ -28,7 +29,7 @@ static void hold_release(struct rk_kv_client *client, struct hold *hold)
         return;
     }
     for (uint32_t i = 0; i < hold->count; i++) {
-        rk_kv_pool_release(client->pool, hold->parts[i].connection, &hold->parts[i].pages);
+        rk_kv_pool_release(client->pool, hold->parts[i].connection, &hold->parts[i].pages, 1);
     }
     rk_free(hold);
 }
@@ -97,8 +98,8 @@ static enum rk_status as_miss(enum rk_status status)
 
 /* Asks the shard, then its replicas while nodes are down. */
 static enum rk_status shard_get(struct rk_kv_client *client, const struct rk_kv_shards *shards,
-                                uint32_t shard, struct rk_get *get, struct hold_part *ret_part,
-                                struct rk_error *error)
+                                uint32_t shard, struct rk_get *get, int64_t deadline_ns,
+                                struct hold_part *ret_part, struct rk_error *error)
 {
     enum rk_status status = RK_MISS_NODE_DOWN;
     for (uint32_t i = shard; i < shards->count; i++) {
@@ -109,21 +110,22 @@ static enum rk_status shard_get(struct rk_kv_client *client, const struct rk_kv_
         struct hold_part part = {.connection = NULL};
         get->generation = replica->generation;
         get->shard_index = replica->shard_index;
-        status = rk_kv_pool_acquire(client->pool, &replica->endpoint, get->deadline_ns,
-                                    &part.connection, error);
+        status = rk_kv_pool_acquire(client->pool, &replica->endpoint, deadline_ns, &part.connection,
+                                    error);
         if (status == RK_OK) {
-            status = rk_kv_pool_get(client->pool, part.connection, get, &part.pages, error);
+            status = rk_kv_pool_get(client->pool, part.connection, get, 1, deadline_ns, &part.pages,
+                                    &part.path, error);
         }
-        if (status == RK_OK && part.pages.num_pages != get->pages_max) {
-            rk_kv_pool_release(client->pool, part.connection, &part.pages);
-            return RK_MISS_ABSENT; /* Fewer than asked is not what was asked. */
-        }
-        if (status == RK_OK) {
+        if (status == RK_OK && part.pages.status == RK_OK) {
             *ret_part = part;
             return RK_OK;
         }
+        if (status == RK_OK) {
+            status = part.pages.status;
+            rk_kv_pool_release(client->pool, part.connection, &part.pages, 1);
+        }
         status = as_miss(status);
-        if (status == RK_MISS_DEADLINE && rk_deadline_left_ms(get->deadline_ns) == 0) {
+        if (status == RK_MISS_DEADLINE && rk_deadline_left_ms(deadline_ns) == 0) {
             return status;
         }
     }
@@ -134,26 +136,25 @@ static enum rk_status shard_get(struct rk_kv_client *client, const struct rk_kv_
 static enum rk_status get_owned(struct rk_kv_client *client, const struct rk_kv_shards *shards,
                                 uint32_t shard, const struct rk_extent *extents, size_t num_extents,
                                 const uint32_t *owners, struct rk_extent *mine, struct rk_get *get,
-                                struct hold_part *ret_part, struct rk_error *error)
+                                int64_t deadline_ns, struct hold_part *ret_part,
+                                struct rk_error *error)
 {
     size_t count = 0;
-    get->pages_max = 0;
     for (size_t i = 0; i < num_extents; i++) {
         if (owners[i] == shard) {
             mine[count++] = extents[i];
-            get->pages_max += extents[i].page_end - extents[i].page_begin;
         }
     }
     get->extents = mine;
     get->num_extents = count;
-    return shard_get(client, shards, shard, get, ret_part, error);
+    return shard_get(client, shards, shard, get, deadline_ns, ret_part, error);
 }
 
 /* Asks every shard that owns an extent; slots[shard] becomes its index in hold->parts. */
 static enum rk_status get_all(struct rk_kv_client *client, const struct rk_kv_shards *shards,
                               const struct rk_extent *extents, size_t num_extents,
                               const uint32_t *owners, uint32_t *slots, struct rk_get *get,
-                              struct hold *hold, struct rk_error *error)
+                              int64_t deadline_ns, struct hold *hold, struct rk_error *error)
 {
     struct rk_extent *mine = rk_alloc_zero(num_extents, sizeof(*mine));
     if (!mine) {
@@ -168,7 +169,7 @@ static enum rk_status get_all(struct rk_kv_client *client, const struct rk_kv_sh
             continue;
         }
         status = get_owned(client, shards, owners[i], extents, num_extents, owners, mine, get,
-                           &hold->parts[hold->count], error);
+                           deadline_ns, &hold->parts[hold->count], error);
         if (status == RK_OK) {
             slots[owners[i]] = hold->count++;
         }
@@ -192,7 +193,8 @@ static void gather(const struct rk_extent *extents, size_t num_extents, const ui
     for (uint32_t i = 0; i < hold->count; i++) { /* The farthest of several is what it cost. */
         const struct rk_pages *from = &hold->parts[i].pages;
         pages->bytes += from->bytes;
-        pages->path = from->path > pages->path ? from->path : pages->path;
+        enum rk_path path = hold->parts[i].path;
+        pages->path = path > pages->path ? path : pages->path;
         pages->tier = from->tier > pages->tier ? from->tier : pages->tier;
     }
 }
@@ -243,18 +245,18 @@ enum rk_status rk_kv_get(struct rk_kv_client *client, const struct rk_id *finger
     uint32_t *slots = rk_alloc_zero(shards->count, sizeof(*slots));
     struct hold *hold = rk_alloc_zero(1, sizeof(*hold) + shards->count * sizeof(struct hold_part));
     pages.pages = rk_alloc_zero(pages.num_pages, sizeof(*pages.pages));
-    struct rk_get get = {.segment_id = location->segment_id,
+    int64_t deadline_ns = rk_deadline_in_ms(timeout_ms > 0 ? timeout_ms : client->timeout_ms);
+    struct rk_get get = {.id = location->segment_id,
                          .fingerprint = *fingerprint,
-                         .page_bytes = (uint32_t)rk_kv_page_bytes(layout),
-                         .deadline_ns =
-                             rk_deadline_in_ms(timeout_ms > 0 ? timeout_ms : client->timeout_ms)};
+                         .page_bytes = (uint32_t)rk_kv_page_bytes(layout)};
     if (!owners || !slots || !hold || !pages.pages) {
         status = rk_error_set(error, RK_ERR_NO_MEMORY, "reading pages: out of memory");
         goto fail;
     }
     status = extents_assign(shards, extents, num_extents, owners);
     if (status == RK_OK) {
-        status = get_all(client, shards, extents, num_extents, owners, slots, &get, hold, error);
+        status = get_all(client, shards, extents, num_extents, owners, slots, &get, deadline_ns,
+                         hold, error);
     }
     if (status != RK_OK) {
         goto fail;

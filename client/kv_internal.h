@@ -2,7 +2,6 @@
  * kv_internal: what the parts of the KV client share. Private to client/.
  *
  * kv_pool.c   connections to store nodes, bounded, and which nodes are down
- * kv_chunk.c  the wire form of a run of pages, built without copying them
  * kv_put.c    the two-phase put
  * kv_get.c    pages across shards
  * kv_client.c metadata: locate, drop
@@ -20,14 +19,12 @@
 
 #define RK_KV_TIMEOUT_MS         2000
 #define RK_KV_CONNECT_TIMEOUT_MS 1000
-#define RK_KV_BACKOFF_MS         500  /* how long a silent node is not asked again */
+#define RK_KV_BACKOFF_MS         500  /* at most so long a silent node is not asked again; */
+#define RK_KV_BACKOFF_MAX_MS     5000 /* doubled with each failure up to this */
 #define RK_KV_NODES_MAX          1024 /* store nodes known at once */
 #define RK_KV_CONNECTIONS_MAX    32   /* per store node; a get needs one while it runs */
 #define RK_KV_SHARDS_MAX         4096 /* of one segment, replicas included */
 #define RK_KV_BATCH_IDS_MAX      4096 /* per Locate call; longer lists are split */
-#define RK_KV_CHUNK_BYTES        (1u << 20)
-#define RK_KV_CHUNK_PAGES_MAX    256
-#define RK_KV_CHUNK_HEADER_BYTES (32 + 8 * RK_KV_CHUNK_PAGES_MAX)
 
 /* Where one store node serves; the strings belong to whoever holds the struct. */
 struct rk_kv_endpoint {
@@ -68,24 +65,22 @@ RK_MUST_CHECK enum rk_status rk_kv_pool_acquire(struct rk_kv_pool *pool,
                                                 int64_t deadline_ns,
                                                 struct rk_kv_connection **ret_connection,
                                                 struct rk_error *error);
-/* Gets and, on RK_OK, registers the hold. Then the connection is free for the next caller: the
- * acquisition ends here whatever the outcome. */
+/* Gets a batch and, on RK_OK, registers the hold on it. Then the connection is free for the next
+ * caller: the acquisition ends here whatever the outcome. */
 RK_MUST_CHECK enum rk_status rk_kv_pool_get(struct rk_kv_pool *pool,
                                             struct rk_kv_connection *connection,
-                                            const struct rk_get *get, struct rk_pages *ret_pages,
-                                            struct rk_error *error);
-/* Never blocks on another caller's get: on a busy connection its user does it on the way out. */
+                                            const struct rk_get *gets, size_t num_gets,
+                                            int64_t deadline_ns, struct rk_pages *ret_pages,
+                                            enum rk_path *ret_path, struct rk_error *error);
+/* The whole batch of one get. Never blocks on another caller's get: on a busy connection its user
+ * does it on the way out. The pages' array may go right after the call. */
 void rk_kv_pool_release(struct rk_kv_pool *pool, struct rk_kv_connection *connection,
-                        struct rk_pages *pages);
-
-/* ---- kv_chunk.c ---- */
-
-/* The bytes of a PutShardRequest{pages} up to the payload of PageChunk.data. Returns their
- * count; header has room for RK_KV_CHUNK_HEADER_BYTES. num_pages <= RK_KV_CHUNK_PAGES_MAX. */
-size_t rk_kv_chunk_header(const uint64_t *checksums, size_t num_pages, size_t page_bytes,
-                          uint8_t *header);
-/* Pages per message: about RK_KV_CHUNK_BYTES, at least one. */
-size_t rk_kv_chunk_pages(size_t page_bytes);
+                        struct rk_pages *pages, size_t num_pages);
+/* Puts a batch and ends the acquisition. */
+RK_MUST_CHECK enum rk_status rk_kv_pool_put(struct rk_kv_pool *pool,
+                                            struct rk_kv_connection *connection,
+                                            struct rk_put *puts, size_t num_puts,
+                                            int64_t deadline_ns, struct rk_error *error);
 
 /* ---- kv_client.c ---- */
 

@@ -4,12 +4,14 @@
 #include "common/base/log.h"
 
 #include <string.h>
+#include <sys/random.h>
 #include <time.h>
 
 /* Pages to release by the one who uses the connection now. */
 struct deferred {
-    struct rk_pages pages;
     struct deferred *next;
+    size_t num_pages;
+    struct rk_pages pages[];
 };
 
 /* Everything here is guarded by the pool's lock, but the transport, which belongs to the thread
@@ -31,6 +33,7 @@ struct node {
     uint32_t num_connections; /* counts those being connected, whose slot is still NULL */
     uint32_t num_users;       /* callers inside acquire */
     bool down;
+    uint32_t failures; /* in a row */
     int64_t retry_at_ns;
     struct node *next;
 };
@@ -201,10 +204,35 @@ static enum rk_status node_enter(struct rk_kv_pool *pool, const struct rk_kv_end
     return RK_OK;
 }
 
-static void node_mark_down(struct node *node)
+static uint64_t random_below(uint64_t limit)
 {
+    uint64_t bits = 0;
+    if (getrandom(&bits, sizeof(bits), GRND_NONBLOCK) < 0) {
+        bits = (uint64_t)rk_clock_ns();
+    }
+    return bits % limit;
+}
+
+/* Twice as long after each failure, and never the same for all clients, who would else come back
+ * together. */
+static int backoff_ms(uint32_t failures)
+{
+    uint32_t doublings = failures < 8 ? failures : 8;
+    int64_t longest = (int64_t)RK_KV_BACKOFF_MS << doublings;
+    longest = longest < RK_KV_BACKOFF_MAX_MS ? longest : RK_KV_BACKOFF_MAX_MS;
+    return (int)(longest / 2 + (int64_t)random_below((uint64_t)longest / 2 + 1));
+}
+
+static void node_mark_down(struct node *node, enum rk_status status)
+{
+    int pause_ms = backoff_ms(node->failures);
+    if (!node->down) {
+        RK_LOG_WARN("store_down", "address=%s status=%s backoff_ms=%d", node->address,
+                    rk_status_name(status), pause_ms);
+    }
     node->down = true;
-    node->retry_at_ns = rk_deadline_in_ms(RK_KV_BACKOFF_MS);
+    node->failures++;
+    node->retry_at_ns = rk_deadline_in_ms(pause_ms);
 }
 
 /* Takes a broken connection that nobody holds out of its node; the caller destroys it. */
@@ -297,7 +325,7 @@ static enum rk_status connection_add(struct rk_kv_pool *pool, struct node *node,
     if (status != RK_OK) {
         node->num_connections--;
         if (status == RK_ERR_UNAVAILABLE || status == RK_ERR_DEADLINE) {
-            node_mark_down(node);
+            node_mark_down(node, status);
         }
         (void)pthread_cond_broadcast(&pool->changed);
         return status;
@@ -377,7 +405,7 @@ static void connection_leave(struct rk_kv_pool *pool, struct rk_kv_connection *c
         uint64_t done = 0;
         while (deferred) {
             struct deferred *next = deferred->next;
-            rk_transport_release(connection->transport, &deferred->pages);
+            rk_transport_release(connection->transport, deferred->pages, deferred->num_pages);
             rk_free(deferred);
             deferred = next;
             done++;
@@ -394,12 +422,10 @@ static void connection_leave(struct rk_kv_pool *pool, struct rk_kv_connection *c
     connection_destroy(dead);
 }
 
-enum rk_status rk_kv_pool_get(struct rk_kv_pool *pool, struct rk_kv_connection *connection,
-                              const struct rk_get *get, struct rk_pages *ret_pages,
-                              struct rk_error *error)
+/* Ends a use of the connection by what it came to. */
+static void use_end(struct rk_kv_pool *pool, struct rk_kv_connection *connection,
+                    enum rk_status status, int64_t begin_ns, bool holds)
 {
-    int64_t begin_ns = rk_clock_ns();
-    enum rk_status status = rk_transport_get(connection->transport, get, ret_pages, error);
     bool silent = status == RK_ERR_UNAVAILABLE || status == RK_ERR_DEADLINE;
     /* A caller in a hurry does not prove that the node is down. */
     bool down = status == RK_ERR_UNAVAILABLE ||
@@ -408,37 +434,59 @@ enum rk_status rk_kv_pool_get(struct rk_kv_pool *pool, struct rk_kv_connection *
     struct rk_kv_connection *dead[RK_KV_CONNECTIONS_MAX] = {NULL};
     (void)pthread_mutex_lock(&pool->lock);
     struct node *node = connection->node;
-    if (status == RK_OK) {
+    if (holds) {
         connection->num_holds++;
     }
     connection->broken = connection->broken || silent;
     if (down) {
-        if (!node->down) {
-            RK_LOG_WARN("store_down", "address=%s status=%s backoff_ms=%d", node->address,
-                        rk_status_name(status), RK_KV_BACKOFF_MS);
-        }
-        node_mark_down(node);
+        node_mark_down(node, status);
         node_break_connections(node, dead);
+    } else if (!silent) {
+        node->failures = 0;
     }
     (void)pthread_mutex_unlock(&pool->lock);
     for (uint32_t i = 0; i < RK_KV_CONNECTIONS_MAX; i++) {
         connection_destroy(dead[i]);
     }
     connection_leave(pool, connection);
+}
+
+enum rk_status rk_kv_pool_get(struct rk_kv_pool *pool, struct rk_kv_connection *connection,
+                              const struct rk_get *gets, size_t num_gets, int64_t deadline_ns,
+                              struct rk_pages *ret_pages, enum rk_path *ret_path,
+                              struct rk_error *error)
+{
+    int64_t begin_ns = rk_clock_ns();
+    *ret_path = rk_transport_path(connection->transport);
+    enum rk_status status =
+        rk_transport_get(connection->transport, gets, num_gets, deadline_ns, ret_pages, error);
+    use_end(pool, connection, status, begin_ns, status == RK_OK);
+    return status;
+}
+
+enum rk_status rk_kv_pool_put(struct rk_kv_pool *pool, struct rk_kv_connection *connection,
+                              struct rk_put *puts, size_t num_puts, int64_t deadline_ns,
+                              struct rk_error *error)
+{
+    int64_t begin_ns = rk_clock_ns();
+    enum rk_status status =
+        rk_transport_put(connection->transport, puts, num_puts, deadline_ns, error);
+    use_end(pool, connection, status, begin_ns, false);
     return status;
 }
 
 void rk_kv_pool_release(struct rk_kv_pool *pool, struct rk_kv_connection *connection,
-                        struct rk_pages *pages)
+                        struct rk_pages *pages, size_t num_pages)
 {
-    struct deferred *later = rk_alloc_zero(1, sizeof(*later));
+    struct deferred *later = rk_alloc_zero(1, sizeof(*later) + num_pages * sizeof(later->pages[0]));
     (void)pthread_mutex_lock(&pool->lock);
     if (connection->busy && later) {
-        later->pages = *pages;
+        memcpy(later->pages, pages, num_pages * sizeof(*pages));
+        later->num_pages = num_pages;
         later->next = connection->deferred;
         connection->deferred = later;
         (void)pthread_mutex_unlock(&pool->lock);
-        memset(pages, 0, sizeof(*pages));
+        memset(pages, 0, num_pages * sizeof(*pages));
         return;
     }
     while (connection->busy) { /* No memory to defer it: its user leaves by its deadline. */
@@ -448,7 +496,7 @@ void rk_kv_pool_release(struct rk_kv_pool *pool, struct rk_kv_connection *connec
     (void)pthread_mutex_unlock(&pool->lock);
     rk_free(later);
 
-    rk_transport_release(connection->transport, pages);
+    rk_transport_release(connection->transport, pages, num_pages);
     (void)pthread_mutex_lock(&pool->lock);
     connection->num_holds--;
     (void)pthread_mutex_unlock(&pool->lock);

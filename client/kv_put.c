@@ -4,157 +4,84 @@
 #include "common/base/log.h"
 
 #include <string.h>
-#include <time.h>
 
 #define ABORT_TIMEOUT_MS 2000
 #define PUT_ATTEMPTS     3
 #define PUT_PAUSE_MS     50 /* between them */
-/* gRPC lets go of a message when the connection that carries it ends at the latest, and its
- * keepalive ends one whose peer is silent well before this. */
-#define RELEASE_TIMEOUT_MS 120000
 
-/* Counts the messages whose pages gRPC still reads, for they belong to the caller of put. */
-struct in_flight {
-    pthread_mutex_t lock;
-    pthread_cond_t changed;
-    uint64_t messages;
-};
-
-/* One message: its header bytes, and whom to tell when it is sent. */
-struct message {
-    struct in_flight *in_flight;
-    struct rk_rpc_part parts[1 + RK_KV_CHUNK_PAGES_MAX];
-    uint8_t header[RK_KV_CHUNK_HEADER_BYTES];
-};
-
-static void in_flight_init(struct in_flight *in_flight)
+/* redknot.v1.PutItem, packed. The caller frees *ret_head. */
+static enum rk_status head_pack(const struct rk_kv_put *put, Redknot__V1__Shard *shard,
+                                uint8_t **ret_head, size_t *ret_bytes)
 {
-    memset(in_flight, 0, sizeof(*in_flight));
-    pthread_condattr_t attributes;
-    RK_ASSERT(pthread_condattr_init(&attributes) == 0);
-    RK_ASSERT(pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC) == 0);
-    RK_ASSERT(pthread_cond_init(&in_flight->changed, &attributes) == 0);
-    (void)pthread_condattr_destroy(&attributes);
-    RK_ASSERT(pthread_mutex_init(&in_flight->lock, NULL) == 0);
-}
-
-/* Returning earlier would let the caller free pages that gRPC still reads. */
-static void in_flight_wait(struct in_flight *in_flight)
-{
-    int64_t deadline_ns = rk_deadline_in_ms(RELEASE_TIMEOUT_MS);
-    struct timespec until = {.tv_sec = deadline_ns / 1000000000,
-                             .tv_nsec = deadline_ns % 1000000000};
-    (void)pthread_mutex_lock(&in_flight->lock);
-    while (in_flight->messages > 0) {
-        int rc = pthread_cond_timedwait(&in_flight->changed, &in_flight->lock, &until);
-        RK_ASSERT(rc == 0 || in_flight->messages == 0);
-    }
-    (void)pthread_mutex_unlock(&in_flight->lock);
-    (void)pthread_mutex_destroy(&in_flight->lock);
-    (void)pthread_cond_destroy(&in_flight->changed);
-}
-
-static void message_released(void *context)
-{
-    struct message *message = context;
-    struct in_flight *in_flight = message->in_flight;
-    rk_free(message);
-    (void)pthread_mutex_lock(&in_flight->lock);
-    in_flight->messages--;
-    (void)pthread_cond_signal(&in_flight->changed);
-    (void)pthread_mutex_unlock(&in_flight->lock);
-}
-
-static enum rk_status send_chunk(struct rk_rpc_stream *stream, const void *const *pages,
-                                 const uint64_t *checksums, size_t num_pages, size_t page_bytes,
-                                 struct in_flight *in_flight)
-{
-    struct message *message = rk_alloc(sizeof(*message));
-    if (!message) {
-        return RK_ERR_NO_MEMORY;
-    }
-    message->in_flight = in_flight;
-    message->parts[0].data = message->header;
-    message->parts[0].bytes = rk_kv_chunk_header(checksums, num_pages, page_bytes, message->header);
-    for (size_t i = 0; i < num_pages; i++) {
-        message->parts[1 + i] = (struct rk_rpc_part){pages[i], page_bytes};
-    }
-    (void)pthread_mutex_lock(&in_flight->lock);
-    in_flight->messages++;
-    (void)pthread_mutex_unlock(&in_flight->lock);
-    return rk_rpc_stream_send_parts(stream, message->parts, 1 + num_pages, message_released,
-                                    message);
-}
-
-static enum rk_status send_header(struct rk_rpc_stream *stream, const struct rk_kv_put *put,
-                                  Redknot__V1__Shard *shard)
-{
-    Redknot__V1__PutShardRequest request = REDKNOT__V1__PUT_SHARD_REQUEST__INIT;
-    Redknot__V1__PutShardRequest__Header header = REDKNOT__V1__PUT_SHARD_REQUEST__HEADER__INIT;
-    header.shard = shard;
+    Redknot__V1__PutItem item = REDKNOT__V1__PUT_ITEM__INIT;
+    Redknot__V1__PutShard what = REDKNOT__V1__PUT_SHARD__INIT;
+    what.shard = shard;
     if (put->token_ids) {
-        header.n_token_ids = put->num_tokens;
-        header.token_ids = (uint32_t *)put->token_ids;
+        what.n_token_ids = put->num_tokens;
+        what.token_ids = (uint32_t *)put->token_ids;
     }
     if (put->label) {
-        header.label = (char *)put->label;
+        what.label = (char *)put->label;
     }
-    request.part_case = REDKNOT__V1__PUT_SHARD_REQUEST__PART_HEADER;
-    request.header = &header;
-    return rk_rpc_stream_send(stream, &request.base);
-}
-
-/* The shard's pages in the order layer, head, page: what lies together in put->pages shares
- * messages, so a shard of all heads is one run and not one per layer. */
-static enum rk_status send_pages(struct rk_rpc_stream *stream, const struct rk_kv_put *put,
-                                 const struct rk_head_range *heads, struct in_flight *in_flight)
-{
-    size_t page_bytes = rk_kv_page_bytes(&put->layout);
-    size_t chunk_pages = rk_kv_chunk_pages(page_bytes);
-    uint64_t pages_per_head = rk_kv_pages(put->num_tokens);
-    uint64_t heads_each = heads->kv_head_end - heads->kv_head_begin;
-    bool whole = heads_each == put->layout.num_kv_heads;
-    uint32_t layers_per_run = whole ? heads->layer_end - heads->layer_begin : 1;
-    for (uint32_t layer = heads->layer_begin; layer < heads->layer_end; layer += layers_per_run) {
-        uint64_t row = (uint64_t)layer * put->layout.num_kv_heads + heads->kv_head_begin;
-        uint64_t begin = row * pages_per_head;
-        uint64_t end = begin + layers_per_run * heads_each * pages_per_head;
-        while (begin < end) {
-            size_t count = end - begin < chunk_pages ? (size_t)(end - begin) : chunk_pages;
-            enum rk_status status = send_chunk(stream, put->pages + begin, put->checksums + begin,
-                                               count, page_bytes, in_flight);
-            if (status != RK_OK) {
-                return status;
-            }
-            begin += count;
-        }
+    item.what_case = REDKNOT__V1__PUT_ITEM__WHAT_SHARD;
+    item.shard = &what;
+    size_t bytes = redknot__v1__put_item__get_packed_size(&item);
+    uint8_t *head = rk_alloc(bytes);
+    if (!head) {
+        return RK_ERR_NO_MEMORY;
     }
+    *ret_bytes = redknot__v1__put_item__pack(&item, head);
+    *ret_head = head;
     return RK_OK;
 }
 
-static enum rk_status put_stream(struct rk_rpc_stream *stream, const struct rk_kv_put *put,
-                                 Redknot__V1__Shard *shard, const struct rk_head_range *heads,
-                                 struct in_flight *in_flight)
+/* The shard's pages in the order layer, head, page, and their checksums. Its two arrays are one
+ * block, freed by the caller. */
+static enum rk_status pages_list(const struct rk_kv_put *put, const struct rk_head_range *heads,
+                                 struct rk_put *ret_put, void **ret_block)
 {
-    Redknot__V1__PutShardReply *reply = NULL;
-    enum rk_status status = send_header(stream, put, shard);
-    if (status == RK_OK) {
-        status = send_pages(stream, put, heads, in_flight);
+    uint64_t pages_per_head = rk_kv_pages(put->num_tokens);
+    uint64_t heads_each = heads->kv_head_end - heads->kv_head_begin;
+    uint64_t count = rk_head_range_heads(heads) * pages_per_head;
+    const void **pages = rk_alloc(count * (sizeof(*pages) + sizeof(uint64_t)));
+    if (!pages) {
+        return RK_ERR_NO_MEMORY;
     }
-    if (status == RK_OK) {
-        status = rk_rpc_stream_send_done(stream);
+    uint64_t *checksums = (uint64_t *)(void *)(pages + count);
+    uint64_t at = 0;
+    for (uint32_t layer = heads->layer_begin; layer < heads->layer_end; layer++) {
+        uint64_t row = (uint64_t)layer * put->layout.num_kv_heads + heads->kv_head_begin;
+        uint64_t pages_each = heads_each * pages_per_head;
+        memcpy(pages + at, put->pages + row * pages_per_head, pages_each * sizeof(*pages));
+        memcpy(checksums + at, put->checksums + row * pages_per_head,
+               pages_each * sizeof(*checksums));
+        at += pages_each;
     }
-    if (status == RK_OK) {
-        status = rk_rpc_stream_recv(stream, &redknot__v1__put_shard_reply__descriptor,
-                                    (ProtobufCMessage **)&reply);
-    }
-    rk_rpc_message_free((ProtobufCMessage *)reply);
-    return status;
+    ret_put->pages = pages;
+    ret_put->checksums = checksums;
+    ret_put->num_pages = count;
+    ret_put->page_bytes = (uint32_t)rk_kv_page_bytes(&put->layout);
+    ret_put->bytes = count * ret_put->page_bytes;
+    *ret_block = pages;
+    return RK_OK;
 }
 
-static enum rk_status put_shard(const struct rk_kv_put *put, Redknot__V1__Shard *shard,
-                                const Redknot__V1__StoreEndpoint *store, int64_t deadline_ns,
-                                struct rk_error *error)
+static enum rk_status shard_write(struct rk_kv_client *client, struct rk_put *put,
+                                  const struct rk_kv_endpoint *endpoint, int64_t deadline_ns,
+                                  struct rk_error *error)
+{
+    struct rk_kv_connection *connection = NULL;
+    enum rk_status status =
+        rk_kv_pool_acquire(client->pool, endpoint, deadline_ns, &connection, error);
+    if (status == RK_OK) {
+        status = rk_kv_pool_put(client->pool, connection, put, 1, deadline_ns, error);
+    }
+    return status == RK_OK ? put->status : status;
+}
+
+static enum rk_status put_shard(struct rk_kv_client *client, const struct rk_kv_put *put,
+                                Redknot__V1__Shard *shard, const Redknot__V1__StoreEndpoint *store,
+                                int64_t deadline_ns, struct rk_error *error)
 {
     struct rk_kv_layout layout;
     struct rk_head_range heads;
@@ -164,30 +91,26 @@ static enum rk_status put_shard(const struct rk_kv_put *put, Redknot__V1__Shard 
                             "the coordinator placed shard %u on %s with another shape",
                             shard->shard_index, shard->node_id);
     }
-    struct rk_rpc_channel *channel = NULL;
-    struct rk_rpc_stream *stream = NULL;
-    struct in_flight in_flight;
-    in_flight_init(&in_flight);
-    enum rk_status status = rk_rpc_channel_create(store->grpc_address, &channel, error);
+    struct rk_put item = {.num_pages = 0};
+    struct rk_kv_endpoint endpoint = {.node_id = NULL};
+    uint8_t *head = NULL;
+    void *pages = NULL;
+    enum rk_status status = head_pack(put, shard, &head, &item.head_bytes);
     if (status == RK_OK) {
-        status = rk_rpc_stream_open(channel, "/redknot.v1.KvStore/PutShard",
-                                    rk_deadline_left_ms(deadline_ns), &stream, error);
+        status = pages_list(put, &heads, &item, &pages);
     }
     if (status == RK_OK) {
-        struct rk_error why = {.status = RK_OK};
-        status = put_stream(stream, put, shard, &heads, &in_flight);
-        /* When a send failed, the store's own status says why. */
-        enum rk_status final = rk_rpc_stream_finish(stream, &why);
-        if (final != RK_OK && (status == RK_OK || final != RK_ERR_CANCELLED)) {
-            status = rk_error_set(error, final, "%s", why.text);
-        } else if (status != RK_OK) {
-            status = status == RK_ERR_NOT_FOUND ? RK_ERR_INTERNAL : status;
-            (void)rk_error_set(error, status, "%s", rk_status_text(status));
-        }
+        status = rk_kv_endpoint_copy(store, &endpoint);
     }
-    rk_rpc_stream_destroy(stream);
-    rk_rpc_channel_destroy(channel);
-    in_flight_wait(&in_flight);
+    if (status != RK_OK) {
+        (void)rk_error_set(error, status, "no memory for a put");
+    } else {
+        item.head = head;
+        status = shard_write(client, &item, &endpoint, deadline_ns, error);
+    }
+    rk_kv_endpoint_clear(&endpoint);
+    rk_free(head);
+    rk_free(pages);
     if (status != RK_OK) {
         rk_error_prefix(error, "writing shard %u to store %s at %s", shard->shard_index,
                         store->node_id, store->grpc_address);
@@ -268,7 +191,7 @@ static enum rk_status write_and_commit(struct rk_kv_client *client, const struct
         Redknot__V1__Shard *shard = placed->shards[i];
         const Redknot__V1__StoreEndpoint *store =
             rk_kv_endpoint_find(placed->stores, placed->n_stores, shard->node_id);
-        enum rk_status status = put_shard(put, shard, store, deadline_ns, error);
+        enum rk_status status = put_shard(client, put, shard, store, deadline_ns, error);
         if (status != RK_OK) {
             return status;
         }

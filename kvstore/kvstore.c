@@ -73,6 +73,12 @@ void kvstore_lru_take(struct kvstore *store, struct kvstore_shard *shard)
 
 /* ---- Table ---- */
 
+static uint64_t *count_of(struct kvstore *store, const struct kvstore_shard *shard)
+{
+    bool value = shard->header.kind == KVSTORE_VALUE;
+    return value ? &store->stats.num_values : &store->stats.num_shards;
+}
+
 struct slot_key kvstore_slot_key(const struct rk_id *segment_id, uint32_t shard_index)
 {
     struct slot_key key = {.shard_index = shard_index};
@@ -138,7 +144,7 @@ void kvstore_committed_add(struct kvstore *store, struct kvstore_shard *shard)
     shard->slot->committed = shard;
     list_append(&store->committed, shard, links_all);
     kvstore_lru_add(store, shard);
-    store->stats.num_shards++;
+    *count_of(store, shard) += 1;
 }
 
 void kvstore_shard_free(struct kvstore_shard *shard)
@@ -148,6 +154,7 @@ void kvstore_shard_free(struct kvstore_shard *shard)
     }
     rk_free((void *)shard->header.token_ids);
     rk_free((void *)shard->header.label);
+    rk_free((void *)shard->header.key);
     rk_free(shard->checksums);
     rk_free(shard->runs);
     rk_free(shard);
@@ -180,7 +187,7 @@ void kvstore_shard_remove(struct kvstore *store, struct kvstore_shard *shard)
         }
         list_take(&store->committed, shard, links_all);
         slot->committed = NULL;
-        store->stats.num_shards--;
+        *count_of(store, shard) -= 1;
     } else {
         kvstore_staged_take(store, shard);
     }
@@ -195,6 +202,9 @@ void kvstore_shard_remove(struct kvstore *store, struct kvstore_shard *shard)
 void kvstore_removed_note(struct kvstore *store, const struct kvstore_shard *shard)
 {
     size_t room = store->options.removed_max;
+    if (shard->header.kind == KVSTORE_VALUE) {
+        return; /* Nobody keeps a list of them. */
+    }
     if (store->removed_count == room) {
         store->removed_begin = (store->removed_begin + 1) % room;
         store->removed_count--;
@@ -325,7 +335,7 @@ enum rk_status kvstore_create(const struct kvstore_options *options, struct kvst
     }
     store->fd = -1;
     store->options = *options;
-    store->options.shards_max = options->shards_max ? options->shards_max : 65536;
+    store->options.shards_max = options->shards_max ? options->shards_max : 1u << 20;
     store->options.staged_ttl_ms = options->staged_ttl_ms ? options->staged_ttl_ms : 30000;
     store->options.removed_max = options->removed_max ? options->removed_max : 4096;
     store->stats.capacity_bytes = options->dram_bytes;

@@ -7,6 +7,9 @@
  * (begin, pages, seal), becomes visible as a whole at commit, and never
  * changes after that: pages are read in place, pinned by a count.
  *
+ * Beside shards it keeps opaque values under a key (common/base/value.h) in the same way; their
+ * generations are the store's own.
+ *
  * All pages live in one arena, a sealed memfd whose memory is reserved at
  * creation. When a put needs room, the least recently used committed shards
  * without pins are evicted; when that does not help, the put is refused with
@@ -37,13 +40,19 @@ struct kvstore_shard; /* a pinned, committed shard; immutable */
 
 struct kvstore_options {
     uint64_t dram_bytes;    /* multiple of KVSTORE_GRANULE_BYTES; reserved at creation */
-    uint32_t shards_max;    /* staged and committed together, 0: 65,536 */
+    uint32_t shards_max;    /* and values, staged and committed together, 0: 1,048,576 */
     uint32_t staged_ttl_ms; /* a shard not committed for so long is collected, 0: 30,000 */
     uint32_t removed_max;   /* shards remembered for kvstore_removed_take, 0: 4,096 */
 };
 
-/* What a shard is. Text and tokens are borrowed by calls and owned by shards. */
+enum kvstore_kind { KVSTORE_SHARD, KVSTORE_VALUE };
+
+/*
+ * What a shard is. Text and tokens are borrowed by calls and owned by shards. Of a value only
+ * key, key_bytes, value_bytes and replace are given; its id and generation are made by the store.
+ */
 struct kvstore_header {
+    enum kvstore_kind kind;
     struct rk_id segment_id;
     struct rk_id fingerprint;
     uint64_t generation;
@@ -55,6 +64,10 @@ struct kvstore_header {
     const int32_t *token_ids; /* NULL with num_token_ids 0 */
     uint32_t num_token_ids;   /* 0 or num_tokens */
     const char *label;        /* NULL counts as "" */
+    const void *key;
+    uint32_t key_bytes;
+    uint64_t value_bytes;
+    bool replace; /* else a key that is stored already is RK_ERR_EXISTS */
 };
 
 /* Names one shard of one generation. */
@@ -69,12 +82,13 @@ struct kvstore_stats {
     uint64_t used_bytes;   /* staged ones too */
     uint64_t pinned_bytes; /* of shards with at least one pin */
     uint64_t num_shards;   /* committed */
+    uint64_t num_values;   /* committed */
     uint64_t num_staged;
     uint64_t num_pins;
     uint64_t gets;
     uint64_t misses[RK_STATUS_COUNT]; /* by RK_MISS_* */
     uint64_t evictions;
-    uint64_t put_bytes;         /* accepted by put_pages */
+    uint64_t put_bytes;         /* accepted by put_write */
     uint64_t checksum_failures; /* on arrival and by the scrubber */
     uint64_t staged_collected;
     uint64_t scrubbed_bytes;
@@ -96,6 +110,9 @@ void kvstore_stats_get(struct kvstore *store, struct kvstore_stats *ret_stats);
 
 /* ---- Put, in two phases ---- */
 
+/* All bytes that follow a header, and those of a page; 0: the header makes no sense. */
+uint64_t kvstore_header_bytes(const struct kvstore_header *header, uint32_t *ret_page_bytes);
+
 /*
  * Reserves room for the whole shard; evicts if it must.
  * RK_ERR_INVALID: header; RK_ERR_EXISTS: this or a newer generation is
@@ -107,18 +124,20 @@ RK_MUST_CHECK enum rk_status kvstore_put_begin(struct kvstore *store,
                                                struct kvstore_put **ret_put,
                                                struct rk_error *error);
 /*
- * The next num_pages pages in the order layer, KV head, page, back to back.
- * Each is verified against its XXH3-64 where it now lives. After any error
- * nothing of the shard is kept: RK_ERR_CORRUPT, RK_ERR_INVALID (too many
- * pages, wrong size), RK_ERR_CANCELLED (aborted or collected meanwhile).
+ * The next bytes of the pages in the order layer, KV head, page, back to back; a page may come in
+ * several calls. checksums: XXH3-64 of each page that ends in these bytes, and of no other; each
+ * page is verified where it now lives. After any error nothing of the shard is kept:
+ * RK_ERR_CORRUPT, RK_ERR_INVALID (more bytes than there are to come, another number of
+ * checksums), RK_ERR_CANCELLED (aborted or collected meanwhile).
  */
-RK_MUST_CHECK enum rk_status kvstore_put_pages(struct kvstore_put *put, const void *data,
+RK_MUST_CHECK enum rk_status kvstore_put_write(struct kvstore_put *put, const void *data,
                                                size_t bytes, const uint64_t *checksums,
-                                               size_t num_pages, struct rk_error *error);
+                                               size_t num_checksums, struct rk_error *error);
 /* All pages are here: the shard waits for its commit. RK_ERR_INVALID: pages are missing. */
 RK_MUST_CHECK enum rk_status kvstore_put_seal(struct kvstore_put *put, struct rk_error *error);
-size_t kvstore_put_page_bytes(const struct kvstore_put *put);
-uint64_t kvstore_put_bytes(const struct kvstore_put *put); /* written so far */
+/* Seals and commits at once: for values, which have one holder. Errors of both. */
+RK_MUST_CHECK enum rk_status kvstore_put_commit(struct kvstore_put *put, struct rk_error *error);
+enum kvstore_kind kvstore_put_kind(const struct kvstore_put *put);
 /* Ends the writing; what was not sealed is dropped. Accepts NULL. */
 void kvstore_put_destroy(struct kvstore_put *put);
 
@@ -144,12 +163,19 @@ RK_MUST_CHECK enum rk_status kvstore_drop(struct kvstore *store, const struct kv
 RK_MUST_CHECK enum rk_status kvstore_pin(struct kvstore *store, const struct kvstore_name *name,
                                          const struct rk_id *fingerprint,
                                          const struct kvstore_shard **ret_shard);
+/* Pins what is stored under a key. RK_MISS_ABSENT, RK_MISS_EVICTED. */
+RK_MUST_CHECK enum rk_status kvstore_pin_value(struct kvstore *store, const struct rk_id *id,
+                                               const struct kvstore_shard **ret_shard);
+bool kvstore_has_value(struct kvstore *store, const struct rk_id *id); /* leaves its age alone */
 void kvstore_unpin(struct kvstore *store, const struct kvstore_shard *shard);
 
 /* Of a pinned shard; no lock is taken. */
 const struct kvstore_header *kvstore_shard_header(const struct kvstore_shard *shard);
 size_t kvstore_shard_page_bytes(const struct kvstore_shard *shard);
 uint64_t kvstore_shard_pages(const struct kvstore_shard *shard);
+uint64_t kvstore_shard_bytes(const struct kvstore_shard *shard); /* of all pages */
+/* Of a page: page_bytes, but for a value's last one. */
+size_t kvstore_shard_page_length(const struct kvstore_shard *shard, uint64_t page);
 /* page: in the order layer, KV head, page of the shard. */
 void kvstore_shard_page(const struct kvstore_shard *shard, uint64_t page, uint64_t *ret_offset,
                         uint64_t *ret_checksum);
@@ -175,12 +201,13 @@ uint32_t kvstore_collect(struct kvstore *store, int64_t now_ns);
  */
 uint64_t kvstore_scrub(struct kvstore *store, uint64_t bytes_max);
 /*
- * Committed shards that were removed since the last call, oldest first.
+ * Committed shards, not values, that were removed since the last call, oldest first.
  * *ret_lost: some were forgotten since; the whole inventory must be announced.
  */
 size_t kvstore_removed_take(struct kvstore *store, struct kvstore_name *ret_names, size_t names_max,
                             bool *ret_lost);
-/* Names of committed shards, for a walk that pins each in turn. Caller frees with rk_free. */
+/* Names of committed shards, not of values, for a walk that pins each in turn. Caller frees with
+ * rk_free. */
 RK_MUST_CHECK enum rk_status kvstore_list(struct kvstore *store, struct kvstore_name **ret_names,
                                           size_t *ret_num_names);
 /* A copy of a committed shard's header, its text and tokens in the same block, without touching

@@ -45,6 +45,7 @@ struct kvstore_shard {
     struct kvstore_header header;
     uint64_t page_bytes;
     uint64_t num_pages;
+    uint64_t bytes; /* of all pages: the last one of a value is shorter */
     uint32_t pages_per_head;
     uint32_t granules;
     struct run *runs;
@@ -93,7 +94,8 @@ struct kvstore {
     struct shard_list lru;
     uint64_t evictable_granules; /* of the lru list */
     struct kvstore_stats stats;
-    uint64_t *evicted; /* [EVICTED_SLOTS] hashes of names last seen evicted */
+    uint64_t value_generation; /* of the last value begun */
+    uint64_t *evicted;         /* [EVICTED_SLOTS] hashes of names last seen evicted */
     struct kvstore_name *removed;
     size_t removed_begin;
     size_t removed_count;
@@ -107,6 +109,7 @@ struct kvstore_put {
     struct kvstore *store;
     struct kvstore_shard *shard;
     uint64_t pages_done;
+    uint64_t bytes_done;
 };
 
 /* All with the mutex held. */

@@ -57,15 +57,15 @@ enum rk_status message_name_read(const ProtobufCBinaryData *segment_id, uint64_t
     return RK_OK;
 }
 
-enum rk_status message_header_read(const Redknot__V1__PutShardRequest__Header *wire,
-                                   struct kvstore_header *ret_header, struct rk_error *error)
+static enum rk_status shard_header_read(const Redknot__V1__PutShard *wire,
+                                        struct kvstore_header *ret_header, struct rk_error *error)
 {
     const Redknot__V1__Shard *shard = wire->shard;
     if (!shard || !shard->layout || !shard->heads || shard->layout->page_tokens != RK_PAGE_TOKENS ||
         !message_id_read(&shard->segment_id, &ret_header->segment_id) ||
         !message_id_read(&shard->fingerprint, &ret_header->fingerprint)) {
         return rk_error_set(error, RK_ERR_INVALID,
-                            "the first message needs a shard with ids of %d bytes, heads, and a "
+                            "a put needs a shard with ids of %d bytes, heads, and a "
                             "layout of %d tokens a page",
                             RK_ID_BYTES, RK_PAGE_TOKENS);
     }
@@ -90,32 +90,72 @@ enum rk_status message_header_read(const Redknot__V1__PutShardRequest__Header *w
     return RK_OK;
 }
 
-enum rk_status message_extents_read(const Redknot__V1__GetPagesRequest *request,
-                                    struct rk_extent **ret_extents, uint64_t *ret_pages,
-                                    struct rk_error *error)
+enum rk_status message_header_read(const Redknot__V1__PutItem *wire,
+                                   struct kvstore_header *ret_header, struct rk_error *error)
 {
-    if (request->n_extents > EXTENTS_MAX) {
+    if (wire->what_case == REDKNOT__V1__PUT_ITEM__WHAT_SHARD) {
+        return shard_header_read(wire->shard, ret_header, error);
+    }
+    if (wire->what_case != REDKNOT__V1__PUT_ITEM__WHAT_VALUE) {
+        return rk_error_set(error, RK_ERR_INVALID, "an item is neither a shard nor a value");
+    }
+    const Redknot__V1__PutValue *value = wire->value;
+    if (value->key.len > UINT32_MAX) {
+        return rk_error_set(error, RK_ERR_INVALID, "a key of %zu bytes", value->key.len);
+    }
+    *ret_header = (struct kvstore_header){.kind = KVSTORE_VALUE,
+                                          .key = value->key.data,
+                                          .key_bytes = (uint32_t)value->key.len,
+                                          .value_bytes = value->bytes,
+                                          .replace = value->replace};
+    return RK_OK;
+}
+
+static enum rk_status extents_read(const Redknot__V1__GetItem *wire, struct message_get *get,
+                                   struct rk_error *error)
+{
+    if (wire->n_extents > EXTENTS_MAX) {
         return rk_error_set(error, RK_ERR_TOO_LONG, "more than %u extents in one get", EXTENTS_MAX);
     }
-    struct rk_extent *extents = rk_alloc_zero(request->n_extents, sizeof(*extents));
-    if (!extents) {
-        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for %zu extents",
-                            request->n_extents);
+    get->extents = rk_alloc_zero(wire->n_extents, sizeof(*get->extents));
+    if (!get->extents) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for %zu extents", wire->n_extents);
     }
-    uint64_t pages = 0;
-    for (size_t i = 0; i < request->n_extents; i++) {
-        const Redknot__V1__Extent *wire = request->extents[i];
-        extents[i] = (struct rk_extent){.layer = wire->layer,
-                                        .kv_head = wire->kv_head,
-                                        .page_begin = wire->page_begin,
-                                        .page_end = wire->page_end};
-        pages += wire->page_end > wire->page_begin ? wire->page_end - wire->page_begin : 0;
+    get->num_extents = wire->n_extents;
+    for (size_t i = 0; i < wire->n_extents; i++) {
+        const Redknot__V1__Extent *extent = wire->extents[i];
+        get->extents[i] = (struct rk_extent){.layer = extent->layer,
+                                             .kv_head = extent->kv_head,
+                                             .page_begin = extent->page_begin,
+                                             .page_end = extent->page_end};
+        get->num_pages +=
+            extent->page_end > extent->page_begin ? extent->page_end - extent->page_begin : 0;
     }
-    if (pages > PAGES_MAX) {
-        rk_free(extents);
+    if (get->num_pages > PAGES_MAX) {
         return rk_error_set(error, RK_ERR_TOO_LONG, "more than %u pages in one get", PAGES_MAX);
     }
-    *ret_extents = extents;
-    *ret_pages = pages;
     return RK_OK;
+}
+
+enum rk_status message_get_read(const Redknot__V1__GetItem *wire, struct message_get *ret_get,
+                                struct rk_error *error)
+{
+    *ret_get = (struct message_get){.value = wire->value || wire->key.len > 0,
+                                    .generation = wire->generation,
+                                    .shard_index = wire->shard_index,
+                                    .page_bytes = wire->page_bytes,
+                                    .bytes_max = wire->bytes_max};
+    if (wire->key.len > 0) {
+        ret_get->id = rk_id_value(wire->key.data, wire->key.len);
+    } else if (!message_id_read(&wire->id, &ret_get->id)) {
+        return rk_error_set(error, RK_ERR_INVALID, "an id has %d bytes, not %zu", RK_ID_BYTES,
+                            wire->id.len);
+    }
+    if (ret_get->value) {
+        return RK_OK;
+    }
+    if (!message_id_read(&wire->fingerprint, &ret_get->fingerprint)) {
+        return rk_error_set(error, RK_ERR_INVALID, "a fingerprint has %d bytes", RK_ID_BYTES);
+    }
+    return wire->n_extents > 0 ? extents_read(wire, ret_get, error) : RK_OK;
 }

@@ -24,13 +24,26 @@ RK_MUST_CHECK enum rk_status message_name_read(const ProtobufCBinaryData *segmen
                                                uint64_t generation, uint32_t shard_index,
                                                struct kvstore_name *ret_name,
                                                struct rk_error *error);
-/* Text and tokens stay the message's. */
-RK_MUST_CHECK enum rk_status message_header_read(const Redknot__V1__PutShardRequest__Header *wire,
+/* Of a shard or a value. Text, tokens and key stay the message's. */
+RK_MUST_CHECK enum rk_status message_header_read(const Redknot__V1__PutItem *wire,
                                                  struct kvstore_header *ret_header,
                                                  struct rk_error *error);
-/* The caller frees *ret_extents; *ret_pages is their sum, bounded. */
-RK_MUST_CHECK enum rk_status message_extents_read(const Redknot__V1__GetPagesRequest *request,
-                                                  struct rk_extent **ret_extents,
-                                                  uint64_t *ret_pages, struct rk_error *error);
+
+/* What one item of a get asks for. */
+struct message_get {
+    bool value; /* then only id and bytes_max count */
+    struct rk_id id;
+    struct rk_id fingerprint;
+    uint64_t generation;
+    uint32_t shard_index;
+    uint32_t page_bytes;       /* 0: any */
+    uint64_t bytes_max;        /* 0: any */
+    struct rk_extent *extents; /* NULL: all pages */
+    size_t num_extents;
+    uint64_t num_pages; /* sum over the extents */
+};
+/* The caller frees the extents, also after an error. */
+RK_MUST_CHECK enum rk_status message_get_read(const Redknot__V1__GetItem *wire,
+                                              struct message_get *ret_get, struct rk_error *error);
 
 #endif

@@ -3,14 +3,32 @@
 
 #include "common/base/clock.h"
 #include "common/base/hash.h"
+#include "common/base/value.h"
 
 #include <string.h>
 
 /* ---- Begin ---- */
 
+static enum rk_status value_check(const struct kvstore_header *header, struct rk_error *error)
+{
+    if (header->key_bytes == 0 || header->key_bytes > RK_VALUE_KEY_BYTES_MAX) {
+        return rk_error_set(error, RK_ERR_INVALID, "a key has 1 to %u bytes, not %u",
+                            RK_VALUE_KEY_BYTES_MAX, header->key_bytes);
+    }
+    if (header->value_bytes == 0 || header->value_bytes > RK_VALUE_BYTES_MAX) {
+        return rk_error_set(error, RK_ERR_INVALID, "a value has 1 to %llu bytes, not %llu",
+                            (unsigned long long)RK_VALUE_BYTES_MAX,
+                            (unsigned long long)header->value_bytes);
+    }
+    return RK_OK;
+}
+
 static enum rk_status header_check(const struct kvstore_header *header, struct rk_error *error)
 {
     const char *wrong = NULL;
+    if (header->kind == KVSTORE_VALUE) {
+        return value_check(header, error);
+    }
     if (!rk_kv_layout_valid(&header->layout)) {
         wrong = "the KV layout is out of range";
     } else if (!rk_head_range_valid(&header->heads, &header->layout)) {
@@ -28,6 +46,46 @@ static enum rk_status header_check(const struct kvstore_header *header, struct r
     return wrong ? rk_error_set(error, RK_ERR_INVALID, "%s", wrong) : RK_OK;
 }
 
+/* Sizes in pages and bytes; all factors are bounded by header_check. */
+static void shard_measure(const struct kvstore_header *header, struct kvstore_shard *shard)
+{
+    if (header->kind == KVSTORE_VALUE) {
+        shard->page_bytes = rk_value_page_bytes(header->value_bytes);
+        shard->num_pages = rk_value_pages(header->value_bytes);
+        shard->bytes = header->value_bytes;
+        return;
+    }
+    shard->page_bytes = rk_kv_page_bytes(&header->layout);
+    shard->pages_per_head = rk_kv_pages(header->num_tokens);
+    shard->num_pages = (uint64_t)rk_head_range_heads(&header->heads) * shard->pages_per_head;
+    shard->bytes = shard->num_pages * shard->page_bytes;
+}
+
+uint64_t kvstore_header_bytes(const struct kvstore_header *header, uint32_t *ret_page_bytes)
+{
+    struct kvstore_shard size = {.bytes = 0};
+    /* A value that cannot be stored still says how many bytes of it there are. */
+    if (header->kind == KVSTORE_VALUE ? header->value_bytes > 0
+                                      : header_check(header, NULL) == RK_OK) {
+        shard_measure(header, &size);
+    }
+    *ret_page_bytes = (uint32_t)size.page_bytes;
+    return size.bytes;
+}
+
+/* The names that the store makes itself. */
+static bool value_name(const struct kvstore_header *header, struct kvstore_shard *shard)
+{
+    uint8_t *key = rk_alloc(header->key_bytes);
+    if (!key) {
+        return false;
+    }
+    memcpy(key, header->key, header->key_bytes);
+    shard->header.key = key;
+    shard->header.segment_id = rk_id_value(header->key, header->key_bytes);
+    return true;
+}
+
 /* An own copy of the header and room for the checksums; no pages yet. */
 static struct kvstore_shard *shard_make(const struct kvstore_header *header)
 {
@@ -38,10 +96,10 @@ static struct kvstore_shard *shard_make(const struct kvstore_header *header)
     shard->header = *header;
     shard->header.token_ids = NULL;
     shard->header.label = NULL;
-    shard->page_bytes = rk_kv_page_bytes(&header->layout);
-    shard->pages_per_head = rk_kv_pages(header->num_tokens);
-    shard->num_pages = (uint64_t)rk_head_range_heads(&header->heads) * shard->pages_per_head;
+    shard->header.key = NULL;
+    shard_measure(header, shard);
     shard->checksums = rk_alloc(shard->num_pages * sizeof(uint64_t));
+    bool named = header->kind != KVSTORE_VALUE || value_name(header, shard);
 
     size_t label_bytes = header->label ? strnlen(header->label, KVSTORE_LABEL_MAX) : 0;
     char *label = rk_alloc(label_bytes + 1);
@@ -58,7 +116,7 @@ static struct kvstore_shard *shard_make(const struct kvstore_header *header)
         }
         shard->header.token_ids = token_ids;
     }
-    if (!shard->checksums || !label || (header->num_token_ids > 0 && !token_ids)) {
+    if (!named || !shard->checksums || !label || (header->num_token_ids > 0 && !token_ids)) {
         kvstore_shard_free(shard);
         return NULL;
     }
@@ -128,9 +186,10 @@ static enum rk_status make_room(struct kvstore *store, struct kvstore_shard *sha
                             "the shard needs %llu KiB; what is free and not in use is less",
                             (unsigned long long)(need * KVSTORE_GRANULE_BYTES / 1024));
     }
-    while (stats->num_shards + stats->num_staged >= store->options.shards_max) {
+    while (stats->num_shards + stats->num_values + stats->num_staged >= store->options.shards_max) {
         if (!kvstore_evict_one(store)) {
-            return rk_error_set(error, RK_ERR_FULL, "%u shards are held, the configured maximum",
+            return rk_error_set(error, RK_ERR_FULL,
+                                "%u shards and values are held, the configured maximum",
                                 store->options.shards_max);
         }
     }
@@ -152,10 +211,15 @@ static enum rk_status make_room(struct kvstore *store, struct kvstore_shard *sha
 }
 
 /* An earlier attempt of the same generation gives way, unless it is still being written. */
-static enum rk_status begin_check_slot(struct kvstore *store, const struct kvstore_name *name,
-                                       struct rk_error *error)
+static enum rk_status begin_check_slot(struct kvstore *store, const struct kvstore_shard *shard,
+                                       const struct kvstore_name *name, struct rk_error *error)
 {
     struct slot *slot = kvstore_slot_find(store, &name->segment_id, name->shard_index);
+    if (shard->header.kind == KVSTORE_VALUE) {
+        bool kept = slot && slot->committed && !shard->header.replace;
+        return kept ? rk_error_set(error, RK_ERR_EXISTS, "a value is stored under this key")
+                    : RK_OK;
+    }
     if (slot && slot->committed && slot->committed->header.generation >= name->generation) {
         return rk_error_set(error, RK_ERR_EXISTS, "generation %llu is committed here",
                             (unsigned long long)slot->committed->header.generation);
@@ -189,13 +253,21 @@ static struct slot *slot_get(struct kvstore *store, const struct kvstore_name *n
     return slot;
 }
 
+static struct kvstore_name shard_name(const struct kvstore_shard *shard)
+{
+    return (struct kvstore_name){.segment_id = shard->header.segment_id,
+                                 .generation = shard->header.generation,
+                                 .shard_index = shard->header.shard_index};
+}
+
 static enum rk_status begin_locked(struct kvstore *store, struct kvstore_shard *shard,
                                    struct rk_error *error)
 {
-    struct kvstore_name name = {.segment_id = shard->header.segment_id,
-                                .generation = shard->header.generation,
-                                .shard_index = shard->header.shard_index};
-    enum rk_status status = begin_check_slot(store, &name, error);
+    if (shard->header.kind == KVSTORE_VALUE) {
+        shard->header.generation = ++store->value_generation;
+    }
+    struct kvstore_name name = shard_name(shard);
+    enum rk_status status = begin_check_slot(store, shard, &name, error);
     if (status == RK_OK) {
         status = make_room(store, shard, error);
     }
@@ -221,11 +293,12 @@ enum rk_status kvstore_put_begin(struct kvstore *store, const struct kvstore_hea
     if (status != RK_OK) {
         return status;
     }
-    uint64_t pages =
-        (uint64_t)rk_head_range_heads(&header->heads) * rk_kv_pages(header->num_tokens);
-    /* Before anything of that size is allocated. Both factors are bounded by header_check. */
-    if (pages > store->options.dram_bytes / rk_kv_page_bytes(&header->layout)) {
-        return rk_error_set(error, RK_ERR_FULL, "the shard is larger than the whole store");
+    struct kvstore_shard size = {.bytes = 0};
+    shard_measure(header, &size);
+    /* Before anything of that size is allocated. */
+    if (size.bytes > store->options.dram_bytes) {
+        return rk_error_set(error, RK_ERR_FULL, "the %s is larger than the whole store",
+                            header->kind == KVSTORE_VALUE ? "value" : "shard");
     }
     struct kvstore_shard *shard = shard_make(header);
     struct kvstore_put *put = rk_alloc_zero(1, sizeof(*put));
@@ -252,23 +325,39 @@ fail:
 /* ---- Pages ---- */
 
 /* The bytes are hashed where they will be read, so that what was checked is what is kept. */
-static bool copy_pages(struct kvstore_put *put, const uint8_t *data, const uint64_t *checksums,
-                       size_t num_pages)
+static bool copy_bytes(struct kvstore_put *put, const uint8_t *data, size_t bytes,
+                       const uint64_t *checksums)
 {
     struct kvstore_shard *shard = put->shard;
-    for (size_t i = 0; i < num_pages; i++) {
+    uint64_t page = put->pages_done;
+    uint64_t filled = put->bytes_done - page * shard->page_bytes;
+    while (bytes > 0) {
         uint64_t offset = 0;
         uint64_t unset = 0;
-        uint64_t page = put->pages_done + i;
-        shard->checksums[page] = checksums[i];
+        size_t length = kvstore_shard_page_length(shard, page);
+        size_t count = bytes < length - filled ? bytes : length - filled;
         kvstore_shard_page(shard, page, &offset, &unset);
         uint8_t *place = put->store->arena + offset;
-        memcpy(place, data + i * shard->page_bytes, shard->page_bytes);
-        if (rk_hash_xxh3(place, shard->page_bytes) != checksums[i]) {
-            return false;
+        memcpy(place + filled, data, count);
+        data += count;
+        bytes -= count;
+        filled += count;
+        if (filled == length) {
+            shard->checksums[page] = *checksums++;
+            if (rk_hash_xxh3(place, length) != shard->checksums[page]) {
+                return false;
+            }
+            page++;
+            filled = 0;
         }
     }
     return true;
+}
+
+/* Pages that are whole when so many bytes have come. */
+static uint64_t pages_within(const struct kvstore_shard *shard, uint64_t bytes)
+{
+    return bytes == shard->bytes ? shard->num_pages : bytes / shard->page_bytes;
 }
 
 static enum rk_status put_gone(struct rk_error *error)
@@ -276,14 +365,16 @@ static enum rk_status put_gone(struct rk_error *error)
     return rk_error_set(error, RK_ERR_CANCELLED, "the put was aborted or took too long");
 }
 
-enum rk_status kvstore_put_pages(struct kvstore_put *put, const void *data, size_t bytes,
-                                 const uint64_t *checksums, size_t num_pages,
+enum rk_status kvstore_put_write(struct kvstore_put *put, const void *data, size_t bytes,
+                                 const uint64_t *checksums, size_t num_checksums,
                                  struct rk_error *error)
 {
     struct kvstore *store = put->store;
     struct kvstore_shard *shard = put->shard;
-    bool fits =
-        num_pages <= shard->num_pages - put->pages_done && bytes == num_pages * shard->page_bytes;
+    uint64_t left = shard->bytes - put->bytes_done;
+    uint64_t pages =
+        bytes <= left ? pages_within(shard, put->bytes_done + bytes) - put->pages_done : 0;
+    bool fits = bytes <= left && num_checksums == pages;
     kvstore_lock(store);
     bool open = shard->state == SHARD_WRITING;
     if (open && !fits) {
@@ -298,11 +389,12 @@ enum rk_status kvstore_put_pages(struct kvstore_put *put, const void *data, size
     }
     if (!fits) {
         return rk_error_set(error, RK_ERR_INVALID,
-                            "%zu bytes for %zu pages of %llu bytes, %llu pages to come", bytes,
-                            num_pages, (unsigned long long)shard->page_bytes,
-                            (unsigned long long)(shard->num_pages - put->pages_done));
+                            "%zu bytes with %zu checksums: %llu bytes are to come, and %llu pages "
+                            "end in these",
+                            bytes, num_checksums, (unsigned long long)left,
+                            (unsigned long long)pages);
     }
-    bool good = copy_pages(put, data, checksums, num_pages);
+    bool good = copy_bytes(put, data, bytes, checksums);
 
     kvstore_lock(store);
     shard->pins--;
@@ -314,7 +406,8 @@ enum rk_status kvstore_put_pages(struct kvstore_put *put, const void *data, size
         kvstore_shard_remove(store, shard);
     } else {
         store->stats.put_bytes += bytes;
-        put->pages_done += num_pages;
+        put->pages_done += pages;
+        put->bytes_done += bytes;
     }
     kvstore_unlock(store);
     if (!good) {
@@ -327,7 +420,7 @@ enum rk_status kvstore_put_seal(struct kvstore_put *put, struct rk_error *error)
 {
     struct kvstore *store = put->store;
     struct kvstore_shard *shard = put->shard;
-    bool whole = put->pages_done == shard->num_pages;
+    bool whole = put->bytes_done == shard->bytes;
     kvstore_lock(store);
     bool open = shard->state == SHARD_WRITING;
     if (open && whole) {
@@ -348,14 +441,16 @@ enum rk_status kvstore_put_seal(struct kvstore_put *put, struct rk_error *error)
     return RK_OK;
 }
 
-size_t kvstore_put_page_bytes(const struct kvstore_put *put)
+enum rk_status kvstore_put_commit(struct kvstore_put *put, struct rk_error *error)
 {
-    return put->shard->page_bytes;
+    struct kvstore_name name = shard_name(put->shard);
+    enum rk_status status = kvstore_put_seal(put, error);
+    return status == RK_OK ? kvstore_commit(put->store, &name, error) : status;
 }
 
-uint64_t kvstore_put_bytes(const struct kvstore_put *put)
+enum kvstore_kind kvstore_put_kind(const struct kvstore_put *put)
 {
-    return put->pages_done * put->shard->page_bytes;
+    return put->shard->header.kind;
 }
 
 void kvstore_put_destroy(struct kvstore_put *put)

@@ -6,7 +6,7 @@
 
 #include <string.h>
 
-static uint64_t shard_bytes(const struct kvstore_shard *shard)
+static uint64_t room_bytes(const struct kvstore_shard *shard)
 {
     return (uint64_t)shard->granules * KVSTORE_GRANULE_BYTES;
 }
@@ -15,26 +15,29 @@ static void pin_locked(struct kvstore *store, struct kvstore_shard *shard)
 {
     if (shard->pins++ == 0) {
         kvstore_lru_take(store, shard);
-        store->stats.pinned_bytes += shard_bytes(shard);
+        store->stats.pinned_bytes += room_bytes(shard);
     }
     store->stats.num_pins++;
 }
 
-enum rk_status kvstore_pin(struct kvstore *store, const struct kvstore_name *name,
-                           const struct rk_id *fingerprint, const struct kvstore_shard **ret_shard)
+/* RK_MISS_ABSENT, RK_MISS_EVICTED. */
+static enum rk_status find_committed(struct kvstore *store, const struct rk_id *id,
+                                     uint32_t shard_index, enum kvstore_kind kind,
+                                     struct kvstore_shard **ret_shard)
 {
-    enum rk_status status = RK_OK;
-    kvstore_lock(store);
-    struct slot *slot = kvstore_slot_find(store, &name->segment_id, name->shard_index);
+    struct slot *slot = kvstore_slot_find(store, id, shard_index);
     struct kvstore_shard *shard = slot ? slot->committed : NULL;
-    if (!shard) {
-        struct slot_key key = kvstore_slot_key(&name->segment_id, name->shard_index);
-        status = kvstore_evicted_seen(store, &key) ? RK_MISS_EVICTED : RK_MISS_ABSENT;
-    } else if (fingerprint && !rk_id_equal(fingerprint, &shard->header.fingerprint)) {
-        status = RK_MISS_FINGERPRINT;
-    } else if (shard->header.generation != name->generation) {
-        status = RK_MISS_STALE_GENERATION;
+    if (shard && shard->header.kind == kind) {
+        *ret_shard = shard;
+        return RK_OK;
     }
+    struct slot_key key = kvstore_slot_key(id, shard_index);
+    return kvstore_evicted_seen(store, &key) ? RK_MISS_EVICTED : RK_MISS_ABSENT;
+}
+
+static void pin_found(struct kvstore *store, enum rk_status status, struct kvstore_shard *shard,
+                      const struct kvstore_shard **ret_shard)
+{
     store->stats.gets++;
     if (status == RK_OK) {
         pin_locked(store, shard);
@@ -42,8 +45,43 @@ enum rk_status kvstore_pin(struct kvstore *store, const struct kvstore_name *nam
     } else {
         store->stats.misses[status]++;
     }
+}
+
+enum rk_status kvstore_pin(struct kvstore *store, const struct kvstore_name *name,
+                           const struct rk_id *fingerprint, const struct kvstore_shard **ret_shard)
+{
+    kvstore_lock(store);
+    struct kvstore_shard *shard = NULL;
+    enum rk_status status =
+        find_committed(store, &name->segment_id, name->shard_index, KVSTORE_SHARD, &shard);
+    if (status == RK_OK && fingerprint && !rk_id_equal(fingerprint, &shard->header.fingerprint)) {
+        status = RK_MISS_FINGERPRINT;
+    } else if (status == RK_OK && shard->header.generation != name->generation) {
+        status = RK_MISS_STALE_GENERATION;
+    }
+    pin_found(store, status, shard, ret_shard);
     kvstore_unlock(store);
     return status;
+}
+
+enum rk_status kvstore_pin_value(struct kvstore *store, const struct rk_id *id,
+                                 const struct kvstore_shard **ret_shard)
+{
+    struct kvstore_shard *shard = NULL;
+    kvstore_lock(store);
+    enum rk_status status = find_committed(store, id, 0, KVSTORE_VALUE, &shard);
+    pin_found(store, status, shard, ret_shard);
+    kvstore_unlock(store);
+    return status;
+}
+
+bool kvstore_has_value(struct kvstore *store, const struct rk_id *id)
+{
+    struct kvstore_shard *shard = NULL;
+    kvstore_lock(store);
+    enum rk_status status = find_committed(store, id, 0, KVSTORE_VALUE, &shard);
+    kvstore_unlock(store);
+    return status == RK_OK;
 }
 
 void kvstore_unpin(struct kvstore *store, const struct kvstore_shard *pinned)
@@ -53,7 +91,7 @@ void kvstore_unpin(struct kvstore *store, const struct kvstore_shard *pinned)
     RK_ASSERT(shard->pins > 0);
     store->stats.num_pins--;
     if (--shard->pins == 0) {
-        store->stats.pinned_bytes -= shard_bytes(shard);
+        store->stats.pinned_bytes -= room_bytes(shard);
         if (shard->state == SHARD_COMMITTED) {
             kvstore_lru_add(store, shard); /* Its newest end. */
         } else {
@@ -76,6 +114,18 @@ size_t kvstore_shard_page_bytes(const struct kvstore_shard *shard)
 uint64_t kvstore_shard_pages(const struct kvstore_shard *shard)
 {
     return shard->num_pages;
+}
+
+uint64_t kvstore_shard_bytes(const struct kvstore_shard *shard)
+{
+    return shard->bytes;
+}
+
+size_t kvstore_shard_page_length(const struct kvstore_shard *shard, uint64_t page)
+{
+    uint64_t begin = page * shard->page_bytes;
+    uint64_t left = shard->bytes - begin;
+    return left < shard->page_bytes ? left : shard->page_bytes;
 }
 
 void kvstore_shard_page(const struct kvstore_shard *shard, uint64_t page, uint64_t *ret_offset,
@@ -157,6 +207,9 @@ enum rk_status kvstore_list(struct kvstore *store, struct kvstore_name **ret_nam
     struct kvstore_name *names = rk_alloc_zero(store->stats.num_shards, sizeof(*names));
     struct kvstore_shard *shard = names ? store->committed.head : NULL;
     for (; shard; shard = shard->all.next) {
+        if (shard->header.kind != KVSTORE_SHARD) {
+            continue;
+        }
         names[count++] = (struct kvstore_name){.segment_id = shard->header.segment_id,
                                                .generation = shard->header.generation,
                                                .shard_index = shard->header.shard_index};
@@ -177,7 +230,8 @@ enum rk_status kvstore_describe(struct kvstore *store, const struct kvstore_name
     kvstore_lock(store);
     struct slot *slot = kvstore_slot_find(store, &name->segment_id, name->shard_index);
     struct kvstore_shard *shard = slot ? slot->committed : NULL;
-    bool found = shard && shard->header.generation == name->generation;
+    bool found = shard && shard->header.kind == KVSTORE_SHARD &&
+                 shard->header.generation == name->generation;
     if (found) {
         const struct kvstore_header *header = &shard->header;
         size_t tokens_bytes = header->num_token_ids * sizeof(int32_t);
@@ -209,7 +263,7 @@ static bool page_good(const struct kvstore *store, const struct kvstore_shard *s
     uint64_t offset = 0;
     uint64_t checksum = 0;
     kvstore_shard_page(shard, page, &offset, &checksum);
-    return rk_hash_xxh3(store->arena + offset, shard->page_bytes) == checksum;
+    return rk_hash_xxh3(store->arena + offset, kvstore_shard_page_length(shard, page)) == checksum;
 }
 
 static void scrub_drop(struct kvstore *store, struct kvstore_shard *shard, uint64_t page)

@@ -10,80 +10,179 @@
 #include <stdio.h>
 #include <string.h>
 
-#define CHUNK_BYTES      (1u << 20) /* of pages in one message, or one page */
-#define VARINT_BYTES_MAX 10u
+#define MESSAGE_BYTES 1048576u /* of data in one message of a get */
+#define PARTS_MAX     256u
 
 /* ---- Put ---- */
 
-static enum rk_status put_begin(struct kvstore_service *service, struct rk_rpc_call *call,
-                                struct kvstore_put **ret_put, struct rk_error *error)
+/* One item of a put, over any path. */
+static enum rk_status item_begin(struct kvstore_service *service, const Redknot__V1__PutItem *item,
+                                 void **ret_put, uint64_t *ret_bytes, uint32_t *ret_page_bytes,
+                                 struct rk_error *error)
+{
+    struct kvstore_header header = {.kind = KVSTORE_SHARD};
+    struct kvstore_put *put = NULL;
+    enum rk_status status = message_header_read(item, &header, error);
+    if (status != RK_OK) {
+        return status;
+    }
+    *ret_bytes = kvstore_header_bytes(&header, ret_page_bytes);
+    status = kvstore_put_begin(service->store, &header, &put, error);
+    if (status == RK_OK) {
+        *ret_put = put;
+    }
+    return status;
+}
+
+static enum rk_status path_put_begin(void *context, enum rk_path path, const void *head,
+                                     size_t head_bytes, void **ret_put, uint64_t *ret_bytes,
+                                     uint32_t *ret_page_bytes, struct rk_error *error)
+{
+    struct kvstore_service *service = context;
+    struct ProtobufCMessage *message = NULL;
+    enum rk_status status =
+        rk_rpc_message_unpack(head, head_bytes, &redknot__v1__put_item__descriptor, &message);
+    if (status != RK_OK) {
+        return rk_error_set(error, status, "what describes an item is no PutItem");
+    }
+    status = item_begin(service, (const Redknot__V1__PutItem *)message, ret_put, ret_bytes,
+                        ret_page_bytes, error);
+    rk_rpc_message_free(message);
+    rk_metric_add(service->puts[path], 1);
+    return status;
+}
+
+static enum rk_status path_put_write(void *context, void *put, const void *data, size_t bytes,
+                                     const uint64_t *checksums, size_t num_checksums,
+                                     struct rk_error *error)
+{
+    (void)context;
+    return kvstore_put_write(put, data, bytes, checksums, num_checksums, error);
+}
+
+static enum rk_status path_put_end(void *context, void *put, struct rk_error *error)
+{
+    (void)context;
+    /* A shard is one of several, which the coordinator makes visible together. */
+    return kvstore_put_kind(put) == KVSTORE_VALUE ? kvstore_put_commit(put, error)
+                                                  : kvstore_put_seal(put, error);
+}
+
+static void path_put_destroy(void *context, void *put)
+{
+    (void)context;
+    kvstore_put_destroy(put);
+}
+
+/* The first message of a put. */
+static enum rk_status items_recv(struct kvstore_service *service, struct rk_rpc_call *call,
+                                 struct rk_intake **ret_intake, struct rk_error *error)
 {
     struct ProtobufCMessage *message = NULL;
-    struct kvstore_header header = {0};
-    enum rk_status status =
-        rk_rpc_call_recv(call, &redknot__v1__put_shard_request__descriptor, &message);
+    enum rk_status status = rk_rpc_call_recv(call, &redknot__v1__put_request__descriptor, &message);
     if (status == RK_ERR_NOT_FOUND) {
         return rk_error_set(error, RK_ERR_INVALID, "no message was sent");
     }
     if (status != RK_OK) {
         return status;
     }
-    const Redknot__V1__PutShardRequest *request = (const Redknot__V1__PutShardRequest *)message;
-    if (request->part_case == REDKNOT__V1__PUT_SHARD_REQUEST__PART_HEADER) {
-        status = message_header_read(request->header, &header, error);
+    const Redknot__V1__PutRequest *request = (const Redknot__V1__PutRequest *)message;
+    bool items = request->part_case == REDKNOT__V1__PUT_REQUEST__PART_ITEMS;
+    if (!items || request->items->n_items == 0 ||
+        request->items->n_items > RK_TRANSPORT_ITEMS_MAX) {
+        status = rk_error_set(error, RK_ERR_INVALID, "the first message must have 1 to %d items",
+                              RK_TRANSPORT_ITEMS_MAX);
     } else {
-        status = rk_error_set(error, RK_ERR_INVALID, "the first message must be the header");
+        status = rk_intake_create(&kvstore_service_store_ops, service, request->items->n_items,
+                                  ret_intake);
     }
-    if (status == RK_OK) {
-        status = kvstore_put_begin(service->store, &header, ret_put, error);
+    for (size_t i = 0; status == RK_OK && i < request->items->n_items; i++) {
+        struct rk_error why = {.text = ""};
+        uint64_t bytes = 0;
+        uint32_t page_bytes = 0;
+        void *put = NULL;
+        enum rk_status begun =
+            item_begin(service, request->items->items[i], &put, &bytes, &page_bytes, &why);
+        rk_intake_add(*ret_intake, begun, why.text, put, bytes, page_bytes);
+        rk_metric_add(service->puts[RK_PATH_GRPC], 1);
+        if (bytes == 0) { /* Where the next item's bytes begin is not known. */
+            status = rk_error_set(error, begun, "item %zu: %s", i, why.text);
+        }
     }
     rk_rpc_message_free(message);
     return status;
 }
 
 /* RK_ERR_NOT_FOUND: the last message was taken. */
-static enum rk_status put_next(struct rk_rpc_call *call, struct kvstore_put *put,
-                               struct rk_error *error)
+static enum rk_status chunk_recv(struct rk_rpc_call *call, struct rk_intake *intake,
+                                 struct rk_error *error)
 {
     struct ProtobufCMessage *message = NULL;
-    enum rk_status status =
-        rk_rpc_call_recv(call, &redknot__v1__put_shard_request__descriptor, &message);
+    enum rk_status status = rk_rpc_call_recv(call, &redknot__v1__put_request__descriptor, &message);
     if (status != RK_OK) {
         return status;
     }
-    const Redknot__V1__PutShardRequest *request = (const Redknot__V1__PutShardRequest *)message;
-    if (request->part_case == REDKNOT__V1__PUT_SHARD_REQUEST__PART_PAGES) {
-        const Redknot__V1__PageChunk *chunk = request->pages;
-        status = kvstore_put_pages(put, chunk->data.data, chunk->data.len, chunk->checksums,
-                                   chunk->n_checksums, error);
+    const Redknot__V1__PutRequest *request = (const Redknot__V1__PutRequest *)message;
+    if (request->part_case != REDKNOT__V1__PUT_REQUEST__PART_CHUNK) {
+        status = rk_error_set(error, RK_ERR_INVALID, "after the items only chunks can follow");
     } else {
-        status = rk_error_set(error, RK_ERR_INVALID, "after the header only pages can follow");
+        const Redknot__V1__PutRequest__Chunk *chunk = request->chunk;
+        status = rk_intake_write(intake, chunk->data.data, chunk->data.len, chunk->checksums,
+                                 chunk->n_checksums);
+        if (status != RK_OK) {
+            (void)rk_error_set(error, status,
+                               "a chunk has more bytes than were announced, or another number of "
+                               "checksums than of pages that end in it");
+        }
     }
     rk_rpc_message_free(message);
     /* A status of ours must not read as the end of the stream. */
     return status == RK_ERR_NOT_FOUND ? RK_ERR_INTERNAL : status;
 }
 
-static enum rk_status handle_put_shard(struct rk_rpc_call *call, void *context,
-                                       struct rk_error *error)
+static enum rk_status results_send(struct rk_rpc_call *call, const struct rk_intake *intake)
+{
+    size_t count = rk_intake_items(intake);
+    Redknot__V1__PutReply reply = REDKNOT__V1__PUT_REPLY__INIT;
+    Redknot__V1__PutReply__Result *results = rk_alloc_zero(count, sizeof(*results));
+    Redknot__V1__PutReply__Result **pointers = rk_alloc_zero(count, sizeof(*pointers));
+    enum rk_status status = RK_ERR_NO_MEMORY;
+    if (results && pointers) {
+        for (size_t i = 0; i < count; i++) {
+            const char *text = NULL;
+            enum rk_status result = rk_intake_result(intake, i, &text);
+            redknot__v1__put_reply__result__init(&results[i]);
+            results[i].status = (char *)(uintptr_t)rk_status_name(result);
+            results[i].error = (char *)(uintptr_t)text;
+            pointers[i] = &results[i];
+        }
+        reply.n_results = count;
+        reply.results = pointers;
+        status = rk_rpc_call_send(call, &reply.base);
+    }
+    rk_free(results);
+    rk_free(pointers);
+    return status;
+}
+
+static enum rk_status handle_put(struct rk_rpc_call *call, void *context, struct rk_error *error)
 {
     struct kvstore_service *service = context;
-    struct kvstore_put *put = NULL;
+    struct rk_intake *intake = NULL;
     double begin_s = rk_clock_s();
-    enum rk_status status = put_begin(service, call, &put, error);
-    while (status == RK_OK) {
-        status = put_next(call, put, error);
+    enum rk_status status = items_recv(service, call, &intake, error);
+    while (status == RK_OK && !rk_intake_whole(intake)) {
+        status = chunk_recv(call, intake, error);
     }
-    if (status == RK_ERR_NOT_FOUND && put) {
-        status = kvstore_put_seal(put, error);
+    if (status == RK_ERR_NOT_FOUND && intake) {
+        status = rk_error_set(error, RK_ERR_INVALID, "fewer bytes came than were announced");
     }
     if (status == RK_OK) {
-        Redknot__V1__PutShardReply reply = REDKNOT__V1__PUT_SHARD_REPLY__INIT;
-        reply.bytes = kvstore_put_bytes(put);
-        status = rk_rpc_call_send(call, &reply.base);
+        rk_intake_end(intake);
+        status = results_send(call, intake);
         rk_metric_observe(service->put_seconds, rk_clock_s() - begin_s);
     }
-    kvstore_put_destroy(put);
+    rk_intake_destroy(intake);
     return status;
 }
 
@@ -168,207 +267,349 @@ static enum rk_status handle_drop_shard(struct rk_rpc_call *call, void *context,
 
 /* ---- Get ---- */
 
-/* A pin that ends with the last message gRPC lets go of. */
+/* The pins of a get, which end with the last message that gRPC lets go of. */
 struct get_hold {
     struct kvstore *store;
-    const struct kvstore_shard *shard;
     atomic_uint refs;
+    size_t num_shards;
+    const struct kvstore_shard *shards[RK_TRANSPORT_ITEMS_MAX];
 };
 
 static void hold_release(struct get_hold *hold)
 {
     if (atomic_fetch_sub_explicit(&hold->refs, 1, memory_order_acq_rel) == 1) {
-        kvstore_unpin(hold->store, hold->shard);
+        for (size_t i = 0; i < hold->num_shards; i++) {
+            kvstore_unpin(hold->store, hold->shards[i]);
+        }
         rk_free(hold);
     }
 }
 
-/* One message under way: its protobuf header, then pages where they lie. */
-struct chunk {
+/* One message under way: its protobuf header, then bytes where they lie. */
+struct data_message {
     struct get_hold *hold;
-    uint8_t *header;
-    struct rk_rpc_part *parts;
+    uint8_t header[8];
     size_t num_parts;
+    size_t bytes;
+    struct rk_rpc_part parts[1 + PARTS_MAX];
 };
 
-static void chunk_release(void *context)
+static void message_release(void *context)
 {
-    struct chunk *chunk = context;
-    hold_release(chunk->hold);
-    rk_free(chunk->header);
-    rk_free(chunk->parts);
-    rk_free(chunk);
+    struct data_message *message = context;
+    hold_release(message->hold);
+    rk_free(message);
 }
 
-static size_t varint_put(uint8_t *out, uint64_t value)
+static struct data_message *message_make(struct get_hold *hold)
 {
-    size_t bytes = 0;
-    for (; value >= 0x80; value >>= 7) {
-        out[bytes++] = (uint8_t)(value | 0x80);
+    struct data_message *message = rk_alloc(sizeof(*message));
+    if (message) {
+        message->hold = hold;
+        message->num_parts = 0;
+        message->bytes = 0;
+        atomic_fetch_add_explicit(&hold->refs, 1, memory_order_relaxed);
     }
-    out[bytes++] = (uint8_t)value;
-    return bytes;
+    return message;
 }
 
-/*
- * GetPagesReply{pages = 2: PageChunk{checksums = 1 (packed fixed64), data = 15}}
- * up to where the data begins. Room: 3 tags and lengths, and the checksums.
- */
-static size_t chunk_header_put(uint8_t *out, const uint64_t *checksums, size_t num_pages,
-                               uint64_t data_bytes)
+/* GetReply{data = 15}: the tag and the length. Takes over the message. */
+static enum rk_status message_send(struct rk_rpc_call *call, struct data_message *message)
 {
-    uint8_t inner[2 + 2 * VARINT_BYTES_MAX];
-    uint64_t sums_bytes = num_pages * sizeof(uint64_t);
-    size_t sums_length = varint_put(inner, sums_bytes);
-    size_t data_length = varint_put(inner, data_bytes);
     size_t at = 0;
-    out[at++] = 2 << 3 | 2;
-    at += varint_put(out + at, 1 + sums_length + sums_bytes + 1 + data_length + data_bytes);
-    out[at++] = 1 << 3 | 2;
-    at += varint_put(out + at, sums_bytes);
-    memcpy(out + at, checksums, sums_bytes);
-    at += sums_bytes;
-    out[at++] = 15 << 3 | 2;
-    at += varint_put(out + at, data_bytes);
-    return at;
-}
-
-static enum rk_status chunk_send(struct rk_rpc_call *call, struct get_hold *hold,
-                                 const uint64_t *offsets, const uint64_t *checksums,
-                                 size_t num_pages)
-{
-    const uint8_t *arena = kvstore_arena(hold->store);
-    size_t page_bytes = kvstore_shard_page_bytes(hold->shard);
-    struct chunk *chunk = rk_alloc_zero(1, sizeof(*chunk));
-    if (!chunk) {
-        return RK_ERR_NO_MEMORY;
-    }
-    chunk->hold = hold;
-    atomic_fetch_add_explicit(&hold->refs, 1, memory_order_relaxed);
-    chunk->header = rk_alloc(3 + 3 * VARINT_BYTES_MAX + num_pages * sizeof(uint64_t));
-    chunk->parts = rk_alloc_zero(num_pages + 1, sizeof(*chunk->parts));
-    if (!chunk->header || !chunk->parts) {
-        chunk_release(chunk);
-        return RK_ERR_NO_MEMORY;
-    }
-    chunk->parts[0].data = chunk->header;
-    chunk->parts[0].bytes =
-        chunk_header_put(chunk->header, checksums, num_pages, num_pages * page_bytes);
-    chunk->num_parts = 1;
-    for (size_t i = 0; i < num_pages; i++) {
-        struct rk_rpc_part *last = &chunk->parts[chunk->num_parts - 1];
-        const uint8_t *page = arena + offsets[i];
-        if (i > 0 && (const uint8_t *)last->data + last->bytes == page) {
-            last->bytes += page_bytes;
-        } else {
-            chunk->parts[chunk->num_parts++] =
-                (struct rk_rpc_part){.data = page, .bytes = page_bytes};
+    message->header[at++] = 15 << 3 | 2;
+    for (size_t left = message->bytes;; left >>= 7) {
+        message->header[at++] = (uint8_t)(left >= 0x80 ? left | 0x80 : left);
+        if (left < 0x80) {
+            break;
         }
     }
-    return rk_rpc_call_send_parts(call, chunk->parts, chunk->num_parts, chunk_release, chunk);
+    message->parts[0] = (struct rk_rpc_part){message->header, at};
+    return rk_rpc_call_send_parts(call, message->parts, 1 + message->num_parts, message_release,
+                                  message);
 }
 
-static enum rk_status pages_send(struct kvstore_service *service, struct rk_rpc_call *call,
-                                 struct get_hold *hold, const uint64_t *offsets,
-                                 const uint64_t *checksums, uint64_t num_pages)
+static void message_add(struct data_message *message, const uint8_t *data, size_t bytes)
 {
-    size_t page_bytes = kvstore_shard_page_bytes(hold->shard);
-    uint64_t step = CHUNK_BYTES / page_bytes;
-    step = step > 0 ? step : 1;
-    Redknot__V1__GetPagesReply__Header header = REDKNOT__V1__GET_PAGES_REPLY__HEADER__INIT;
-    Redknot__V1__GetPagesReply reply = REDKNOT__V1__GET_PAGES_REPLY__INIT;
-    header.tier = REDKNOT__V1__TIER__TIER_DRAM;
-    header.num_pages = (uint32_t)num_pages;
-    header.page_bytes = (uint32_t)page_bytes;
-    reply.part_case = REDKNOT__V1__GET_PAGES_REPLY__PART_HEADER;
-    reply.header = &header;
-    enum rk_status status = rk_rpc_call_send(call, &reply.base);
-    for (uint64_t at = 0; at < num_pages && status == RK_OK; at += step) {
-        uint64_t count = num_pages - at < step ? num_pages - at : step;
-        status = chunk_send(call, hold, offsets + at, checksums + at, count);
-        if (status == RK_OK) {
-            rk_metric_add(service->read_bytes[RK_PATH_GRPC], (double)(count * page_bytes));
-        }
-    }
-    return status;
-}
-
-/* With the pin taken: finds the pages and sends them. */
-static enum rk_status get_send(struct kvstore_service *service, struct rk_rpc_call *call,
-                               struct get_hold *hold, const Redknot__V1__GetPagesRequest *request,
-                               struct rk_error *error)
-{
-    struct rk_extent *extents = NULL;
-    uint64_t num_pages = 0;
-    enum rk_status status = message_extents_read(request, &extents, &num_pages, error);
-    if (status != RK_OK) {
-        return status;
-    }
-    if (request->n_extents == 0) {
-        num_pages = kvstore_shard_pages(hold->shard);
-    }
-    uint64_t *offsets = rk_alloc(num_pages * sizeof(*offsets));
-    uint64_t *checksums = rk_alloc(num_pages * sizeof(*checksums));
-    if (!offsets || !checksums) {
-        status = rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for %llu pages",
-                              (unsigned long long)num_pages);
+    struct rk_rpc_part *last = &message->parts[message->num_parts];
+    if (message->num_parts > 0 && (const uint8_t *)last->data + last->bytes == data) {
+        last->bytes += bytes;
     } else {
-        status = kvstore_shard_extents(hold->shard, extents, request->n_extents, offsets, checksums,
-                                       &num_pages, error);
+        message->parts[++message->num_parts] = (struct rk_rpc_part){data, bytes};
     }
-    if (status == RK_OK) {
-        status = pages_send(service, call, hold, offsets, checksums, num_pages);
+    message->bytes += bytes;
+}
+
+/* What one item of a get found. */
+struct found_item {
+    enum rk_status status;
+    struct rk_error error;
+    uint64_t num_pages;
+    struct rk_found found;
+    uint64_t *offsets;
+    uint64_t *checksums;
+};
+
+static enum rk_status data_send(struct kvstore_service *service, struct rk_rpc_call *call,
+                                struct get_hold *hold, const struct found_item *items, size_t count)
+{
+    const uint8_t *arena = kvstore_arena(service->store);
+    struct data_message *message = NULL;
+    enum rk_status status = RK_OK;
+    for (size_t i = 0; i < count && status == RK_OK; i++) {
+        const struct found_item *item = &items[i];
+        uint64_t left = item->found.bytes;
+        for (uint64_t page = 0; page < item->found.num_pages && status == RK_OK; page++) {
+            uint64_t page_bytes = item->found.page_bytes;
+            size_t length = left < page_bytes ? (size_t)left : (size_t)page_bytes;
+            message = message ? message : message_make(hold);
+            if (!message) {
+                return RK_ERR_NO_MEMORY;
+            }
+            message_add(message, arena + item->offsets[page], length);
+            left -= length;
+            if (message->bytes >= MESSAGE_BYTES || message->num_parts == PARTS_MAX) {
+                status = message_send(call, message);
+                message = NULL;
+            }
+        }
     }
-    rk_free(offsets);
-    rk_free(checksums);
-    rk_free(extents);
+    if (message && status == RK_OK) {
+        return message_send(call, message);
+    }
+    if (message) {
+        message_release(message);
+    }
     return status;
 }
 
-static enum rk_status get_pages(struct kvstore_service *service, struct rk_rpc_call *call,
-                                const Redknot__V1__GetPagesRequest *request, struct rk_error *error)
+static enum rk_status found_send(struct rk_rpc_call *call, const struct found_item *items,
+                                 size_t count)
 {
-    struct kvstore_name name;
-    struct rk_id fingerprint;
-    enum rk_status status = message_name_read(&request->segment_id, request->generation,
-                                              request->shard_index, &name, error);
+    Redknot__V1__GetReply reply = REDKNOT__V1__GET_REPLY__INIT;
+    Redknot__V1__GetReply__Found found = REDKNOT__V1__GET_REPLY__FOUND__INIT;
+    Redknot__V1__GetReply__Item *messages = rk_alloc_zero(count, sizeof(*messages));
+    Redknot__V1__GetReply__Item **pointers = rk_alloc_zero(count, sizeof(*pointers));
+    enum rk_status status = RK_ERR_NO_MEMORY;
+    if (messages && pointers) {
+        for (size_t i = 0; i < count; i++) {
+            Redknot__V1__GetReply__Item *message = &messages[i];
+            redknot__v1__get_reply__item__init(message);
+            message->status = (char *)(uintptr_t)rk_status_name(items[i].status);
+            message->error = (char *)(uintptr_t)items[i].error.text;
+            message->tier = (Redknot__V1__Tier)items[i].found.tier;
+            message->page_bytes = items[i].found.page_bytes;
+            message->bytes = items[i].found.bytes;
+            message->n_checksums = items[i].found.num_pages;
+            message->checksums = items[i].checksums;
+            pointers[i] = message;
+        }
+        found.n_items = count;
+        found.items = pointers;
+        reply.part_case = REDKNOT__V1__GET_REPLY__PART_FOUND;
+        reply.found = &found;
+        status = rk_rpc_call_send(call, &reply.base);
+    }
+    rk_free(messages);
+    rk_free(pointers);
+    return status;
+}
+
+/* Pins what is asked for. */
+static enum rk_status pin(struct kvstore_service *service, const struct message_get *get,
+                          const struct kvstore_shard **ret_shard, struct rk_error *error)
+{
+    const struct kvstore_shard *shard = NULL;
+    struct kvstore_name name = {
+        .segment_id = get->id, .generation = get->generation, .shard_index = get->shard_index};
+    enum rk_status status = get->value
+                                ? kvstore_pin_value(service->store, &get->id, &shard)
+                                : kvstore_pin(service->store, &name, &get->fingerprint, &shard);
     if (status != RK_OK) {
         return status;
     }
-    if (!message_id_read(&request->fingerprint, &fingerprint)) {
-        return rk_error_set(error, RK_ERR_INVALID, "a fingerprint has %d bytes", RK_ID_BYTES);
+    if (get->value && get->bytes_max > 0 && kvstore_shard_bytes(shard) > get->bytes_max) {
+        status = rk_error_set(error, RK_ERR_TOO_LONG, "the value has %llu bytes, not %llu",
+                              (unsigned long long)kvstore_shard_bytes(shard),
+                              (unsigned long long)get->bytes_max);
+    } else if (get->page_bytes > 0 && get->page_bytes != kvstore_shard_page_bytes(shard)) {
+        status = RK_MISS_FINGERPRINT;
+    }
+    if (status != RK_OK) {
+        kvstore_unpin(service->store, shard);
+        return status;
+    }
+    *ret_shard = shard;
+    return RK_OK;
+}
+
+/* Of what is pinned: its pages, at most pages_max. */
+static enum rk_status find(const struct kvstore_shard *shard, const struct message_get *get,
+                           uint64_t pages_max, uint64_t *offsets, uint64_t *checksums,
+                           struct rk_found *ret_found, struct rk_error *error)
+{
+    uint64_t num_pages = pages_max;
+    enum rk_status status = kvstore_shard_extents(shard, get->extents, get->num_extents, offsets,
+                                                  checksums, &num_pages, error);
+    if (status != RK_OK) {
+        return status;
+    }
+    uint64_t page_bytes = kvstore_shard_page_bytes(shard);
+    *ret_found =
+        (struct rk_found){.num_pages = num_pages,
+                          .page_bytes = (uint32_t)page_bytes,
+                          .bytes = get->value ? kvstore_shard_bytes(shard) : num_pages * page_bytes,
+                          .tier = RK_TIER_DRAM};
+    return RK_OK;
+}
+
+/* Pins one item and finds its pages; why not is in the item. */
+static void item_find(struct kvstore_service *service, const Redknot__V1__GetItem *wire,
+                      struct get_hold *hold, struct found_item *item)
+{
+    struct message_get get;
+    const struct kvstore_shard *shard = NULL;
+    item->status = message_get_read(wire, &get, &item->error);
+    if (item->status == RK_OK) {
+        item->status = pin(service, &get, &shard, &item->error);
+    }
+    if (item->status == RK_OK) {
+        uint64_t pages = get.num_extents > 0 ? get.num_pages : kvstore_shard_pages(shard);
+        hold->shards[hold->num_shards++] = shard;
+        item->offsets = rk_alloc(pages * sizeof(uint64_t));
+        item->checksums = rk_alloc(pages * sizeof(uint64_t));
+        item->status = item->offsets && item->checksums
+                           ? find(shard, &get, pages, item->offsets, item->checksums, &item->found,
+                                  &item->error)
+                           : RK_ERR_NO_MEMORY;
+    }
+    rk_free(get.extents);
+}
+
+static enum rk_status get_items(struct kvstore_service *service, struct rk_rpc_call *call,
+                                const Redknot__V1__GetRequest *request, struct rk_error *error)
+{
+    size_t count = request->n_items;
+    if (count == 0 || count > RK_TRANSPORT_ITEMS_MAX) {
+        return rk_error_set(error, RK_ERR_INVALID, "a get has 1 to %d items",
+                            RK_TRANSPORT_ITEMS_MAX);
     }
     struct get_hold *hold = rk_alloc_zero(1, sizeof(*hold));
-    if (!hold) {
-        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a get");
+    struct found_item *items = rk_alloc_zero(count, sizeof(*items));
+    enum rk_status status = RK_ERR_NO_MEMORY;
+    if (hold && items) {
+        hold->store = service->store;
+        atomic_init(&hold->refs, 1);
+        for (size_t i = 0; i < count; i++) {
+            item_find(service, request->items[i], hold, &items[i]);
+        }
+        status = found_send(call, items, count);
+        if (status == RK_OK) {
+            status = data_send(service, call, hold, items, count);
+        }
+        for (size_t i = 0; i < count; i++) {
+            if (status == RK_OK) {
+                rk_metric_add(service->read_bytes[RK_PATH_GRPC], (double)items[i].found.bytes);
+            }
+            rk_free(items[i].offsets);
+            rk_free(items[i].checksums);
+        }
+        hold_release(hold);
+        hold = NULL;
     }
-    hold->store = service->store;
-    atomic_init(&hold->refs, 1);
-    status = kvstore_pin(service->store, &name, &fingerprint, &hold->shard);
-    if (status != RK_OK) {
-        rk_free(hold);
-        return status;
-    }
-    status = get_send(service, call, hold, request, error);
-    hold_release(hold);
+    rk_free(hold);
+    rk_free(items);
     return status;
 }
 
-static enum rk_status handle_get_pages(struct rk_rpc_call *call, void *context,
-                                       struct rk_error *error)
+static enum rk_status handle_get(struct rk_rpc_call *call, void *context, struct rk_error *error)
 {
     struct kvstore_service *service = context;
     struct ProtobufCMessage *message = NULL;
     double begin_s = rk_clock_s();
-    enum rk_status status =
-        rk_rpc_call_recv(call, &redknot__v1__get_pages_request__descriptor, &message);
+    enum rk_status status = rk_rpc_call_recv(call, &redknot__v1__get_request__descriptor, &message);
     if (status != RK_OK) {
         return status;
     }
     rk_metric_add(service->gets[RK_PATH_GRPC], 1);
-    status = get_pages(service, call, (const Redknot__V1__GetPagesRequest *)message, error);
+    status = get_items(service, call, (const Redknot__V1__GetRequest *)message, error);
     rk_rpc_message_free(message);
     rk_metric_observe(service->get_seconds, rk_clock_s() - begin_s);
+    return status;
+}
+
+/* ---- Values by id ---- */
+
+typedef bool (*value_check)(struct kvstore *store, const struct rk_id *id);
+
+static bool value_drop(struct kvstore *store, const struct rk_id *id)
+{
+    const struct kvstore_name name = {.segment_id = *id};
+    return kvstore_has_value(store, id) && kvstore_drop(store, &name) == RK_OK;
+}
+
+/* The caller frees *ret_flags. */
+static enum rk_status values_each(struct kvstore_service *service, const ProtobufCBinaryData *ids,
+                                  size_t count, value_check check, protobuf_c_boolean **ret_flags,
+                                  struct rk_error *error)
+{
+    protobuf_c_boolean *flags = rk_alloc_zero(count, sizeof(*flags));
+    if (!flags) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for %zu answers", count);
+    }
+    for (size_t i = 0; i < count; i++) {
+        struct rk_id id;
+        if (!message_id_read(&ids[i], &id)) {
+            rk_free(flags);
+            return rk_error_set(error, RK_ERR_INVALID, "id %zu has %zu bytes, not %d", i,
+                                ids[i].len, RK_ID_BYTES);
+        }
+        flags[i] = check(service->store, &id);
+    }
+    *ret_flags = flags;
+    return RK_OK;
+}
+
+static enum rk_status handle_has_values(struct rk_rpc_call *call, void *context,
+                                        struct rk_error *error)
+{
+    struct ProtobufCMessage *message = NULL;
+    enum rk_status status =
+        rk_rpc_call_recv(call, &redknot__v1__has_values_request__descriptor, &message);
+    if (status != RK_OK) {
+        return status;
+    }
+    const Redknot__V1__HasValuesRequest *request = (const Redknot__V1__HasValuesRequest *)message;
+    Redknot__V1__HasValuesReply reply = REDKNOT__V1__HAS_VALUES_REPLY__INIT;
+    status =
+        values_each(context, request->ids, request->n_ids, kvstore_has_value, &reply.found, error);
+    if (status == RK_OK) {
+        reply.n_found = request->n_ids;
+        status = rk_rpc_call_send(call, &reply.base);
+    }
+    rk_free(reply.found);
+    rk_rpc_message_free(message);
+    return status;
+}
+
+static enum rk_status handle_drop_values(struct rk_rpc_call *call, void *context,
+                                         struct rk_error *error)
+{
+    struct ProtobufCMessage *message = NULL;
+    enum rk_status status =
+        rk_rpc_call_recv(call, &redknot__v1__drop_values_request__descriptor, &message);
+    if (status != RK_OK) {
+        return status;
+    }
+    const Redknot__V1__DropValuesRequest *request = (const Redknot__V1__DropValuesRequest *)message;
+    Redknot__V1__DropValuesReply reply = REDKNOT__V1__DROP_VALUES_REPLY__INIT;
+    status = values_each(context, request->ids, request->n_ids, value_drop, &reply.dropped, error);
+    if (status == RK_OK) {
+        reply.n_dropped = request->n_ids;
+        status = rk_rpc_call_send(call, &reply.base);
+    }
+    rk_free(reply.dropped);
+    rk_rpc_message_free(message);
     return status;
 }
 
@@ -433,6 +674,7 @@ static enum rk_status handle_store_status(struct rk_rpc_call *call, void *contex
     reply.used_bytes = stats.used_bytes;
     reply.pinned_bytes = stats.pinned_bytes;
     reply.num_shards = stats.num_shards;
+    reply.num_values = stats.num_values;
     reply.num_staged = stats.num_staged;
     reply.version = (char *)REDKNOT_VERSION;
     if (with_shards) {
@@ -444,31 +686,32 @@ static enum rk_status handle_store_status(struct rk_rpc_call *call, void *contex
 /* ---- The other paths ---- */
 
 static enum rk_status path_pin(void *context, enum rk_path path, const struct rk_get *get,
-                               uint64_t *ret_offsets, uint64_t *ret_checksums, uint64_t *num_pages,
-                               void **ret_pin, struct rk_error *error)
+                               uint64_t pages_max, uint64_t *ret_offsets, uint64_t *ret_checksums,
+                               struct rk_found *ret_found, struct rk_error *error)
 {
     struct kvstore_service *service = context;
-    struct kvstore_name name = {.segment_id = get->segment_id,
-                                .generation = get->generation,
-                                .shard_index = get->shard_index};
     const struct kvstore_shard *shard = NULL;
+    const struct message_get wanted = {.value = get->page_bytes == 0,
+                                       .id = get->id,
+                                       .fingerprint = get->fingerprint,
+                                       .generation = get->generation,
+                                       .shard_index = get->shard_index,
+                                       .page_bytes = get->page_bytes,
+                                       .bytes_max = get->bytes_max,
+                                       .extents = (struct rk_extent *)(uintptr_t)get->extents,
+                                       .num_extents = get->num_extents};
     rk_metric_add(service->gets[path], 1);
-    enum rk_status status = kvstore_pin(service->store, &name, &get->fingerprint, &shard);
+    enum rk_status status = pin(service, &wanted, &shard, error);
     if (status != RK_OK) {
         return status;
     }
-    if (get->page_bytes != kvstore_shard_page_bytes(shard)) {
-        status = RK_MISS_FINGERPRINT;
-    } else {
-        status = kvstore_shard_extents(shard, get->extents, get->num_extents, ret_offsets,
-                                       ret_checksums, num_pages, error);
-    }
+    status = find(shard, &wanted, pages_max, ret_offsets, ret_checksums, ret_found, error);
     if (status != RK_OK) {
         kvstore_unpin(service->store, shard);
         return status;
     }
-    rk_metric_add(service->read_bytes[path], (double)(*num_pages * get->page_bytes));
-    *ret_pin = (void *)shard;
+    rk_metric_add(service->read_bytes[path], (double)ret_found->bytes);
+    ret_found->pin = (void *)(uintptr_t)shard;
     return RK_OK;
 }
 
@@ -479,16 +722,22 @@ static void path_unpin(void *context, void *pin)
 }
 
 const struct rk_transport_store_ops kvstore_service_store_ops = {.pin = path_pin,
-                                                                 .unpin = path_unpin};
+                                                                 .unpin = path_unpin,
+                                                                 .put_begin = path_put_begin,
+                                                                 .put_write = path_put_write,
+                                                                 .put_end = path_put_end,
+                                                                 .put_destroy = path_put_destroy};
 
 /* ---- Set-up ---- */
 
 static const struct rk_rpc_method methods[] = {
-    {"/redknot.v1.KvStore/PutShard", handle_put_shard},
+    {"/redknot.v1.KvStore/Put", handle_put},
     {"/redknot.v1.KvStore/CommitShard", handle_commit_shard},
     {"/redknot.v1.KvStore/AbortShard", handle_abort_shard},
     {"/redknot.v1.KvStore/DropShard", handle_drop_shard},
-    {"/redknot.v1.KvStore/GetPages", handle_get_pages},
+    {"/redknot.v1.KvStore/Get", handle_get},
+    {"/redknot.v1.KvStore/HasValues", handle_has_values},
+    {"/redknot.v1.KvStore/DropValues", handle_drop_values},
     {"/redknot.v1.KvStore/StoreStatus", handle_store_status},
 };
 
@@ -510,8 +759,8 @@ void kvstore_service_init(struct kvstore_service *service, struct kvstore *store
             rk_metric_histogram("redknot_kvstore_get_seconds", "Time to serve a read over gRPC.",
                                 NULL, rk_metric_seconds, rk_metric_seconds_count),
         .put_seconds =
-            rk_metric_histogram("redknot_kvstore_put_seconds", "Time to receive a shard.", NULL,
-                                rk_metric_seconds, rk_metric_seconds_count),
+            rk_metric_histogram("redknot_kvstore_put_seconds", "Time to receive a put over gRPC.",
+                                NULL, rk_metric_seconds, rk_metric_seconds_count),
     };
     for (size_t i = 0; i < sizeof(paths) / sizeof(paths[0]); i++) {
         char label[32];
@@ -520,5 +769,7 @@ void kvstore_service_init(struct kvstore_service *service, struct kvstore *store
             "redknot_kvstore_read_bytes_total", "Bytes of pages handed to readers.", label);
         service->gets[paths[i]] =
             rk_metric_counter("redknot_kvstore_gets_total", "Reads asked for, by path.", label);
+        service->puts[paths[i]] =
+            rk_metric_counter("redknot_kvstore_puts_total", "Items put, by path.", label);
     }
 }

@@ -23,6 +23,7 @@ struct kvstore_service {
     uint64_t incarnation;
     struct rk_metric *read_bytes[RK_PATH_UCX + 1]; /* by enum rk_path */
     struct rk_metric *gets[RK_PATH_UCX + 1];
+    struct rk_metric *puts[RK_PATH_UCX + 1];
     struct rk_metric *get_seconds;
     struct rk_metric *put_seconds;
 };

@@ -22,6 +22,7 @@ struct figures {
     struct rk_metric *used_bytes;
     struct rk_metric *pinned_bytes;
     struct rk_metric *shards;
+    struct rk_metric *values;
     struct rk_metric *staged;
     struct published evictions;
     struct published put_bytes;
@@ -49,6 +50,7 @@ static void figures_create(struct figures *figures)
     figures->pinned_bytes = rk_metric_gauge("redknot_kvstore_pinned_bytes",
                                             "Bytes of shards that are being read.", NULL);
     figures->shards = rk_metric_gauge("redknot_kvstore_shards", "Committed shards.", NULL);
+    figures->values = rk_metric_gauge("redknot_kvstore_values", "Values held.", NULL);
     figures->staged =
         rk_metric_gauge("redknot_kvstore_staged", "Shards written and not yet committed.", NULL);
     figures->evictions.metric =
@@ -89,6 +91,7 @@ static void publish(struct upkeep *upkeep)
     rk_metric_set(figures->used_bytes, (double)stats.used_bytes);
     rk_metric_set(figures->pinned_bytes, (double)stats.pinned_bytes);
     rk_metric_set(figures->shards, (double)stats.num_shards);
+    rk_metric_set(figures->values, (double)stats.num_values);
     rk_metric_set(figures->staged, (double)stats.num_staged);
     publish_counter(&figures->evictions, stats.evictions);
     publish_counter(&figures->put_bytes, stats.put_bytes);

@@ -43,6 +43,15 @@ struct rk_id rk_id_chain(const struct rk_id *parent, const struct rk_id *segment
     return id;
 }
 
+struct rk_id rk_id_value(const void *key, size_t key_bytes)
+{
+    struct rk_id id;
+    struct rk_sha256 *sha = begin("redknot.value.v1");
+    hash_field(sha, key, key_bytes);
+    rk_sha256_end(sha, id.bytes);
+    return id;
+}
+
 struct rk_id rk_id_sha256(const void *data, size_t bytes)
 {
     struct rk_id id;

@@ -6,6 +6,7 @@
  *              segment at position 0 is that segment alone, so its chain id is
  *              its segment id; longer chains: SHA-256 over ("redknot.chain.v1",
  *              chain id of the part before, segment id).
+ * Value id:    SHA-256 over ("redknot.value.v1", key).
  * Every field is hashed with its length, little endian, so none can run into
  * the next. All pure, any thread.
  */
@@ -27,6 +28,7 @@ struct rk_id rk_id_segment(const void *salt, size_t salt_bytes, const struct rk_
                            const int32_t *token_ids, size_t num_tokens);
 /* parent NULL: the segment stands at position 0, the result is its own id. */
 struct rk_id rk_id_chain(const struct rk_id *parent, const struct rk_id *segment);
+struct rk_id rk_id_value(const void *key, size_t key_bytes);
 struct rk_id rk_id_sha256(const void *data, size_t bytes);
 
 void rk_id_to_hex(const struct rk_id *id, char ret_hex[RK_ID_HEX_BYTES]);

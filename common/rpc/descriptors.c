@@ -79,8 +79,8 @@ static enum rk_status message_add(struct rpc_descriptors *descriptors, const cha
     }
     for (size_t i = 0; i < message->n_nested_type && status == RK_OK; i++) {
         struct ProtobufCMessage *nested = NULL;
-        status = rpc_bytes_unpack(message->nested_type[i].data, message->nested_type[i].len,
-                                  &redknot__rpc__descriptor_message__descriptor, &nested);
+        status = rk_rpc_message_unpack(message->nested_type[i].data, message->nested_type[i].len,
+                                       &redknot__rpc__descriptor_message__descriptor, &nested);
         if (status == RK_OK) {
             status = message_add(descriptors, inner,
                                  (const Redknot__Rpc__DescriptorMessage *)nested, depth + 1);
@@ -119,8 +119,8 @@ static enum rk_status file_add(struct rpc_descriptors *descriptors, const Protob
     }
     descriptors->files = files;
     struct ProtobufCMessage *message = NULL;
-    enum rk_status status = rpc_bytes_unpack(data->data, data->len,
-                                             &redknot__rpc__descriptor_file__descriptor, &message);
+    enum rk_status status = rk_rpc_message_unpack(
+        data->data, data->len, &redknot__rpc__descriptor_file__descriptor, &message);
     if (status != RK_OK) {
         return status;
     }
@@ -148,7 +148,7 @@ enum rk_status rpc_descriptors_add(struct rpc_descriptors *descriptors, const ui
     descriptors->sets = sets;
     struct ProtobufCMessage *message = NULL;
     enum rk_status status =
-        rpc_bytes_unpack(set, bytes, &redknot__rpc__descriptor_set__descriptor, &message);
+        rk_rpc_message_unpack(set, bytes, &redknot__rpc__descriptor_set__descriptor, &message);
     if (status != RK_OK) {
         return status;
     }

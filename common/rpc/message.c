@@ -21,9 +21,9 @@ static void message_free(void *context, void *block)
     rk_free(block);
 }
 
-enum rk_status rpc_bytes_unpack(const uint8_t *data, size_t bytes,
-                                const struct ProtobufCMessageDescriptor *type,
-                                struct ProtobufCMessage **ret_message)
+enum rk_status rk_rpc_message_unpack(const void *data, size_t bytes,
+                                     const struct ProtobufCMessageDescriptor *type,
+                                     struct ProtobufCMessage **ret_message)
 {
     /* protobuf-c answers NULL for both, and a caller must tell them apart. */
     bool out_of_memory = false;
@@ -93,7 +93,7 @@ enum rk_status rpc_message_unpack(grpc_byte_buffer *buffer,
         return RK_ERR_TOO_LONG;
     }
     if (bytes == 0) {
-        return rpc_bytes_unpack(nothing, 0, type, ret_message);
+        return rk_rpc_message_unpack(nothing, 0, type, ret_message);
     }
     grpc_byte_buffer_reader reader;
     if (!grpc_byte_buffer_reader_init(&reader, buffer)) {
@@ -103,12 +103,12 @@ enum rk_status rpc_message_unpack(grpc_byte_buffer *buffer,
     grpc_slice slice;
     if (grpc_byte_buffer_reader_next(&reader, &slice)) {
         if (GRPC_SLICE_LENGTH(slice) == bytes) {
-            status = rpc_bytes_unpack(GRPC_SLICE_START_PTR(slice), bytes, type, ret_message);
+            status = rk_rpc_message_unpack(GRPC_SLICE_START_PTR(slice), bytes, type, ret_message);
             grpc_slice_unref(slice);
         } else {
             status = message_join(&reader, slice, bytes, scratch);
             if (status == RK_OK) {
-                status = rpc_bytes_unpack(scratch->data, bytes, type, ret_message);
+                status = rk_rpc_message_unpack(scratch->data, bytes, type, ret_message);
             }
         }
     }

@@ -135,9 +135,9 @@ enum rk_status rpc_reflection_answer(const struct rpc_descriptors *descriptors,
                                      uint8_t **ret_reply, size_t *ret_reply_bytes)
 {
     struct ProtobufCMessage *message = NULL;
-    enum rk_status status =
-        rpc_bytes_unpack(request, request_bytes,
-                         &grpc__reflection__v1__server_reflection_request__descriptor, &message);
+    enum rk_status status = rk_rpc_message_unpack(
+        request, request_bytes, &grpc__reflection__v1__server_reflection_request__descriptor,
+        &message);
     if (status == RK_OK) {
         status = reflection_answer(descriptors, services, num_services,
                                    (Grpc__Reflection__V1__ServerReflectionRequest *)message,

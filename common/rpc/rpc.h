@@ -121,12 +121,22 @@ RK_MUST_CHECK enum rk_status rk_rpc_stream_send_done(struct rk_rpc_stream *strea
 RK_MUST_CHECK enum rk_status rk_rpc_stream_recv(struct rk_rpc_stream *stream,
                                                 const struct ProtobufCMessageDescriptor *type,
                                                 struct ProtobufCMessage **ret_message);
+/* As recv, but gives the message's bytes as they came, in pieces, in order, without a copy; the
+ * next message is received meanwhile. */
+typedef void (*rk_rpc_piece_callback)(void *context, const void *data, size_t bytes);
+RK_MUST_CHECK enum rk_status rk_rpc_stream_recv_pieces(struct rk_rpc_stream *stream,
+                                                       rk_rpc_piece_callback on_piece,
+                                                       void *context);
 /* Waits for the call's final status (cancels it first when the streams are not at their end). */
 RK_MUST_CHECK enum rk_status rk_rpc_stream_finish(struct rk_rpc_stream *stream,
                                                   struct rk_error *error);
 void rk_rpc_stream_cancel(struct rk_rpc_stream *stream);  /* from any thread */
 void rk_rpc_stream_destroy(struct rk_rpc_stream *stream); /* accepts NULL */
 
+/* RK_ERR_INVALID: the bytes are no such message. RK_ERR_NO_MEMORY. */
+RK_MUST_CHECK enum rk_status rk_rpc_message_unpack(const void *data, size_t bytes,
+                                                   const struct ProtobufCMessageDescriptor *type,
+                                                   struct ProtobufCMessage **ret_message);
 void rk_rpc_message_free(struct ProtobufCMessage *message); /* accepts NULL */
 
 #endif

@@ -99,11 +99,6 @@ RK_MUST_CHECK enum rk_status rpc_message_unpack(grpc_byte_buffer *buffer,
                                                 const struct ProtobufCMessageDescriptor *type,
                                                 struct rpc_scratch *scratch,
                                                 struct ProtobufCMessage **ret_message);
-/* The same from bytes in one piece. */
-RK_MUST_CHECK enum rk_status rpc_bytes_unpack(const uint8_t *data, size_t bytes,
-                                              const struct ProtobufCMessageDescriptor *type,
-                                              struct ProtobufCMessage **ret_message);
-
 /* ---- Status on the wire (wire_status.c) ---- */
 
 #define RPC_STATUS_KEY "redknot-status"

@@ -2,6 +2,8 @@
 #include "common/base/clock.h"
 #include "common/rpc/rpc_internal.h"
 
+#include <grpc/byte_buffer_reader.h>
+
 #define DEADLINE_SLACK_MS 1000
 #define FINISH_WAIT_MS    2000 /* for the status behind the last message that was read */
 
@@ -22,6 +24,7 @@ struct rk_rpc_stream {
     grpc_byte_buffer *received;
     struct rpc_scratch scratch;
     bool sent_all;
+    bool recv_started; /* and not waited for yet */
     bool received_all;
 };
 
@@ -129,7 +132,10 @@ enum rk_status rk_rpc_stream_send_done(struct rk_rpc_stream *stream)
 static void stream_recv_start(struct rk_rpc_stream *stream)
 {
     grpc_op op = {.op = GRPC_OP_RECV_MESSAGE, .data.recv_message.recv_message = &stream->received};
-    rpc_batch_start(&stream->receiving, stream->call, &op, 1);
+    if (!stream->recv_started) {
+        rpc_batch_start(&stream->receiving, stream->call, &op, 1);
+        stream->recv_started = true;
+    }
 }
 
 static void stream_drop_received(struct rk_rpc_stream *stream)
@@ -140,23 +146,55 @@ static void stream_drop_received(struct rk_rpc_stream *stream)
     }
 }
 
+/* The next message; NULL: there is none. The caller destroys it. */
+static grpc_byte_buffer *stream_next(struct rk_rpc_stream *stream)
+{
+    if (stream->received_all) {
+        return NULL;
+    }
+    stream_recv_start(stream);
+    (void)rpc_batch_finish(&stream->receiving, stream->call, stream->deadline_ns);
+    stream->recv_started = false;
+    grpc_byte_buffer *buffer = stream->received;
+    stream->received = NULL;
+    stream->received_all = !buffer;
+    return buffer;
+}
+
 enum rk_status rk_rpc_stream_recv(struct rk_rpc_stream *stream,
                                   const struct ProtobufCMessageDescriptor *type,
                                   struct ProtobufCMessage **ret_message)
 {
-    if (stream->received_all) {
+    grpc_byte_buffer *buffer = stream_next(stream);
+    if (!buffer) {
+        return RK_ERR_NOT_FOUND;
+    }
+    enum rk_status status = rpc_message_unpack(buffer, type, &stream->scratch, ret_message);
+    grpc_byte_buffer_destroy(buffer);
+    return status;
+}
+
+enum rk_status rk_rpc_stream_recv_pieces(struct rk_rpc_stream *stream,
+                                         rk_rpc_piece_callback on_piece, void *context)
+{
+    grpc_byte_buffer *buffer = stream_next(stream);
+    grpc_byte_buffer_reader reader;
+    grpc_slice slice;
+    if (!buffer) {
         return RK_ERR_NOT_FOUND;
     }
     stream_recv_start(stream);
-    (void)rpc_batch_finish(&stream->receiving, stream->call, stream->deadline_ns);
-    if (!stream->received) {
-        stream->received_all = true;
-        return RK_ERR_NOT_FOUND;
+    if (!grpc_byte_buffer_reader_init(&reader, buffer)) {
+        grpc_byte_buffer_destroy(buffer);
+        return RK_ERR_INVALID;
     }
-    enum rk_status status =
-        rpc_message_unpack(stream->received, type, &stream->scratch, ret_message);
-    stream_drop_received(stream);
-    return status;
+    while (grpc_byte_buffer_reader_next(&reader, &slice)) {
+        on_piece(context, GRPC_SLICE_START_PTR(slice), GRPC_SLICE_LENGTH(slice));
+        grpc_slice_unref(slice);
+    }
+    grpc_byte_buffer_reader_destroy(&reader);
+    grpc_byte_buffer_destroy(buffer);
+    return RK_OK;
 }
 
 enum rk_status rk_rpc_stream_finish(struct rk_rpc_stream *stream, struct rk_error *error)
@@ -193,6 +231,7 @@ void rk_rpc_stream_destroy(struct rk_rpc_stream *stream)
     rk_rpc_stream_cancel(stream);
     (void)rpc_batch_wait_until(&stream->opening, RK_DEADLINE_NEVER);
     (void)rpc_batch_wait_until(&stream->ending, RK_DEADLINE_NEVER);
+    (void)rpc_batch_wait_until(&stream->receiving, RK_DEADLINE_NEVER);
     stream_drop_received(stream);
     grpc_call_unref(stream->call);
     grpc_slice_unref(stream->message);

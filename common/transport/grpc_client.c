@@ -1,6 +1,8 @@
 /*
- * The gRPC path: pages are streamed into one page-aligned buffer of the reader.
+ * The gRPC path: bytes are streamed. What arrives is copied once, from gRPC's
+ * slices to where it belongs; what leaves is not copied by us.
  */
+#include "common/transport/grpc_wire_internal.h"
 #include "common/transport/transport_internal.h"
 
 #include "common/base/alloc.h"
@@ -8,12 +10,19 @@
 #include "common/rpc/rpc.h"
 #include "redknot/v1/kvstore.pb-c.h"
 
+#include <pthread.h>
 #include <string.h>
+#include <time.h>
 
-#define BUFFER_ALIGNMENT 4096
+#define MESSAGE_BYTES (1u << 20) /* of data in one message of a put */
+#define PARTS_MAX     256u
+/* gRPC lets go of a message when the connection that carries it ends at the latest, and its
+ * keepalive ends one whose peer is silent well before this. */
+#define RELEASE_TIMEOUT_MS 120000
 
 struct grpc_client {
     struct rk_rpc_channel *channel;
+    struct arrival_buffers buffers;
 };
 
 static bool grpc_reachable(const struct rk_transport_endpoint *endpoint)
@@ -25,10 +34,11 @@ static void grpc_client_destroy(void *connection)
 {
     struct grpc_client *client = connection;
     rk_rpc_channel_destroy(client->channel);
+    arrival_buffers_destroy(&client->buffers);
     rk_free(client);
 }
 
-/* The channel connects with the first get: that one's deadline bounds it. */
+/* The channel connects with the first call: that one's deadline bounds it. */
 static enum rk_status grpc_connect(const struct rk_transport_endpoint *endpoint,
                                    int64_t deadline_ns, void **ret_connection,
                                    struct rk_error *error)
@@ -47,160 +57,374 @@ static enum rk_status grpc_connect(const struct rk_transport_endpoint *endpoint,
     return RK_OK;
 }
 
-static enum rk_status request_send(struct rk_rpc_stream *stream, const struct rk_get *get)
-{
-    Redknot__V1__GetPagesRequest request = REDKNOT__V1__GET_PAGES_REQUEST__INIT;
-    size_t count = get->num_extents;
-    Redknot__V1__Extent *extents = rk_alloc_zero(count, sizeof(*extents));
-    Redknot__V1__Extent **pointers = rk_alloc_zero(count, sizeof(*pointers));
-    enum rk_status status = RK_ERR_NO_MEMORY;
-    if (extents && pointers) {
-        for (size_t i = 0; i < count; i++) {
-            redknot__v1__extent__init(&extents[i]);
-            extents[i].layer = get->extents[i].layer;
-            extents[i].kv_head = get->extents[i].kv_head;
-            extents[i].page_begin = get->extents[i].page_begin;
-            extents[i].page_end = get->extents[i].page_end;
-            pointers[i] = &extents[i];
-        }
-        request.segment_id.data = (uint8_t *)get->segment_id.bytes;
-        request.segment_id.len = RK_ID_BYTES;
-        request.fingerprint.data = (uint8_t *)get->fingerprint.bytes;
-        request.fingerprint.len = RK_ID_BYTES;
-        request.generation = get->generation;
-        request.shard_index = get->shard_index;
-        request.n_extents = count;
-        request.extents = pointers;
-        status = rk_rpc_stream_send(stream, &request.base);
-    }
-    rk_free(extents);
-    rk_free(pointers);
-    if (status == RK_OK) {
-        status = rk_rpc_stream_send_done(stream);
-    }
-    return status;
-}
+/* ---- Get: what is asked for ---- */
 
-struct arrival {
-    uint8_t *buffer;
-    uint64_t pages_done;
-    bool header_seen;
-    uint32_t page_bytes;
-    struct rk_pages *pages;
+/* The messages of a request, which point to each other. */
+struct get_messages {
+    Redknot__V1__GetItem *items;
+    Redknot__V1__GetItem **item_pointers;
+    Redknot__V1__Extent *extents;
+    Redknot__V1__Extent **extent_pointers;
 };
 
-static enum rk_status header_take(struct arrival *arrival,
-                                  const Redknot__V1__GetPagesReply__Header *header,
-                                  struct rk_error *error)
+static void messages_free(struct get_messages *messages)
 {
-    if (header->page_bytes != arrival->page_bytes) {
-        return RK_MISS_FINGERPRINT; /* Another layout: of no use to this reader. */
+    rk_free(messages->items);
+    rk_free(messages->item_pointers);
+    rk_free(messages->extents);
+    rk_free(messages->extent_pointers);
+}
+
+static void item_fill(const struct rk_get *get, Redknot__V1__GetItem *item,
+                      Redknot__V1__Extent *extents, Redknot__V1__Extent **pointers)
+{
+    redknot__v1__get_item__init(item);
+    item->id = (ProtobufCBinaryData){RK_ID_BYTES, (uint8_t *)(uintptr_t)get->id.bytes};
+    if (get->page_bytes == 0) {
+        item->value = true;
+        item->bytes_max = get->bytes_max;
+        return;
     }
-    if (arrival->header_seen || header->num_pages != arrival->pages->num_pages) {
+    item->fingerprint =
+        (ProtobufCBinaryData){RK_ID_BYTES, (uint8_t *)(uintptr_t)get->fingerprint.bytes};
+    item->generation = get->generation;
+    item->page_bytes = get->page_bytes;
+    item->shard_index = get->shard_index;
+    item->n_extents = get->num_extents;
+    item->extents = pointers;
+    for (size_t i = 0; i < get->num_extents; i++) {
+        redknot__v1__extent__init(&extents[i]);
+        extents[i].layer = get->extents[i].layer;
+        extents[i].kv_head = get->extents[i].kv_head;
+        extents[i].page_begin = get->extents[i].page_begin;
+        extents[i].page_end = get->extents[i].page_end;
+        pointers[i] = &extents[i];
+    }
+}
+
+static enum rk_status request_send(struct rk_rpc_stream *stream, const struct rk_get *gets,
+                                   size_t num_gets)
+{
+    Redknot__V1__GetRequest request = REDKNOT__V1__GET_REQUEST__INIT;
+    size_t num_extents = 0;
+    for (size_t i = 0; i < num_gets; i++) {
+        num_extents += gets[i].num_extents;
+    }
+    struct get_messages messages = {
+        .items = rk_alloc_zero(num_gets, sizeof(*messages.items)),
+        .item_pointers = rk_alloc_zero(num_gets, sizeof(Redknot__V1__GetItem *)),
+        .extents = rk_alloc_zero(num_extents + 1, sizeof(*messages.extents)),
+        .extent_pointers = rk_alloc_zero(num_extents + 1, sizeof(Redknot__V1__Extent *))};
+    enum rk_status status = RK_ERR_NO_MEMORY;
+    if (messages.items && messages.item_pointers && messages.extents && messages.extent_pointers) {
+        size_t at = 0;
+        for (size_t i = 0; i < num_gets; i++) {
+            item_fill(&gets[i], &messages.items[i], messages.extents + at,
+                      messages.extent_pointers + at);
+            messages.item_pointers[i] = &messages.items[i];
+            at += gets[i].num_extents;
+        }
+        request.n_items = num_gets;
+        request.items = messages.item_pointers;
+        status = rk_rpc_stream_send(stream, &request.base);
+    }
+    messages_free(&messages);
+    return status == RK_OK ? rk_rpc_stream_send_done(stream) : status;
+}
+
+/* ---- Get: what comes ---- */
+
+static enum rk_status item_take(const Redknot__V1__GetReply__Item *item, const struct rk_get *get,
+                                struct rk_pages *pages, struct rk_error *error)
+{
+    pages->status = rk_status_from_name(item->status);
+    if (pages->status != RK_OK) {
+        bool first = error && error->text[0] == '\0';
+        (void)rk_error_set(first ? error : NULL, pages->status, "%s", item->error);
+        return RK_OK;
+    }
+    if (!wire_found_fits(get, item->bytes, item->page_bytes, item->n_checksums)) {
         return rk_error_set(error, RK_ERR_UNAVAILABLE,
-                            "the store answers with %u pages instead of %llu", header->num_pages,
-                            (unsigned long long)arrival->pages->num_pages);
+                            "the store's answer is not to what was asked");
     }
-    arrival->header_seen = true;
-    arrival->pages->tier = (enum rk_tier)header->tier;
+    pages->pages = rk_alloc_zero(item->n_checksums, sizeof(struct rk_page));
+    if (!pages->pages) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for %zu pages", item->n_checksums);
+    }
+    for (size_t i = 0; i < item->n_checksums; i++) {
+        pages->pages[i].checksum = item->checksums[i];
+    }
+    pages->num_pages = item->n_checksums;
+    pages->page_bytes = item->page_bytes;
+    pages->bytes = item->bytes;
+    pages->tier = (enum rk_tier)item->tier;
     return RK_OK;
 }
 
-static enum rk_status chunk_take(struct arrival *arrival, const Redknot__V1__PageChunk *chunk,
-                                 struct rk_error *error)
-{
-    uint64_t left = arrival->pages->num_pages - arrival->pages_done;
-    uint64_t page_bytes = arrival->page_bytes;
-    if (!arrival->header_seen || chunk->n_checksums > left ||
-        chunk->data.len != chunk->n_checksums * page_bytes) {
-        return rk_error_set(error, RK_ERR_UNAVAILABLE, "the store's pages are out of order");
-    }
-    uint8_t *place = arrival->buffer + arrival->pages_done * page_bytes;
-    if (chunk->data.len > 0) {
-        memcpy(place, chunk->data.data, chunk->data.len);
-    }
-    for (size_t i = 0; i < chunk->n_checksums; i++) {
-        arrival->pages->pages[arrival->pages_done++] =
-            (struct rk_page){.data = place + i * page_bytes, .checksum = chunk->checksums[i]};
-    }
-    return RK_OK;
-}
-
-/* RK_ERR_NOT_FOUND: the server's last message was taken. */
-static enum rk_status message_take(struct rk_rpc_stream *stream, struct arrival *arrival,
-                                   struct rk_error *error)
+static enum rk_status found_recv(struct rk_rpc_stream *stream, const struct rk_get *gets,
+                                 struct rk_pages *pages, size_t num_gets, struct rk_error *error)
 {
     struct ProtobufCMessage *message = NULL;
     enum rk_status status =
-        rk_rpc_stream_recv(stream, &redknot__v1__get_pages_reply__descriptor, &message);
+        rk_rpc_stream_recv(stream, &redknot__v1__get_reply__descriptor, &message);
     if (status != RK_OK) {
         return status;
     }
-    const Redknot__V1__GetPagesReply *reply = (const Redknot__V1__GetPagesReply *)message;
-    switch (reply->part_case) {
-    case REDKNOT__V1__GET_PAGES_REPLY__PART_HEADER:
-        status = header_take(arrival, reply->header, error);
-        break;
-    case REDKNOT__V1__GET_PAGES_REPLY__PART_PAGES:
-        status = chunk_take(arrival, reply->pages, error);
-        break;
-    default:
-        break; /* A part of a later version. */
+    const Redknot__V1__GetReply *reply = (const Redknot__V1__GetReply *)message;
+    if (reply->part_case != REDKNOT__V1__GET_REPLY__PART_FOUND ||
+        reply->found->n_items != num_gets) {
+        status = rk_error_set(error, RK_ERR_UNAVAILABLE, "the store answers another question");
+    }
+    for (size_t i = 0; status == RK_OK && i < num_gets; i++) {
+        status = item_take(reply->found->items[i], &gets[i], &pages[i], error);
     }
     rk_rpc_message_free(message);
     return status;
 }
 
-static enum rk_status stream_pages(struct rk_rpc_stream *stream, const struct rk_get *get,
-                                   struct arrival *arrival, struct rk_error *error)
+struct data_arrival {
+    struct arrival *arrival;
+    struct grpc_data_reader reader;
+    bool failed;
+};
+
+static void on_piece(void *context, const void *piece, size_t piece_bytes)
 {
-    enum rk_status status = request_send(stream, get);
-    while (status == RK_OK) {
-        status = message_take(stream, arrival, error);
+    struct data_arrival *data = context;
+    const uint8_t *bytes = NULL;
+    size_t count = 0;
+    data->failed = data->failed ||
+                   !grpc_data_read(&data->reader, piece, piece_bytes, &bytes, &count) ||
+                   !arrival_take(data->arrival, bytes, count);
+}
+
+static enum rk_status data_recv(struct rk_rpc_stream *stream, struct arrival *arrival,
+                                struct rk_error *error)
+{
+    while (arrival->done < arrival->total) {
+        struct data_arrival data = {.arrival = arrival};
+        enum rk_status status = rk_rpc_stream_recv_pieces(stream, on_piece, &data);
+        if (status != RK_OK) {
+            return status;
+        }
+        if (data.failed || data.reader.done != data.reader.bytes) {
+            return rk_error_set(error, RK_ERR_UNAVAILABLE,
+                                "the store sends what was not asked for");
+        }
     }
-    if (status == RK_MISS_FINGERPRINT || status == RK_ERR_UNAVAILABLE ||
-        status == RK_ERR_NO_MEMORY) {
+    return RK_OK;
+}
+
+/* A status of our own, for which the call has to be given up. */
+static bool ours(enum rk_status status)
+{
+    return status == RK_ERR_UNAVAILABLE || status == RK_ERR_NO_MEMORY;
+}
+
+static enum rk_status exchange(struct grpc_client *client, struct rk_rpc_stream *stream,
+                               const struct rk_get *gets, size_t num_gets, struct rk_pages *pages,
+                               struct rk_error *error)
+{
+    struct arrival arrival = {.total = 0};
+    enum rk_status status = request_send(stream, gets, num_gets);
+    if (status == RK_OK) {
+        status = found_recv(stream, gets, pages, num_gets, error);
+    }
+    if (status == RK_OK) {
+        status = arrival_begin(&arrival, &client->buffers, gets, pages, num_gets, error);
+    }
+    if (status == RK_OK) {
+        status = data_recv(stream, &arrival, error);
+    }
+    if (ours(status)) {
         rk_rpc_stream_cancel(stream);
         return status;
     }
     /* However the messages ended: the call's own status says why. */
-    status = rk_rpc_stream_finish(stream, error);
-    if (status == RK_OK && arrival->pages_done != arrival->pages->num_pages) {
-        status = rk_error_set(error, RK_ERR_UNAVAILABLE, "the store sent too few pages");
+    enum rk_status final = rk_rpc_stream_finish(stream, status == RK_OK ? NULL : error);
+    if (status == RK_OK) {
+        return RK_OK; /* All bytes are here, whatever is said behind them. */
     }
-    return status;
+    return final == RK_OK ? rk_error_set(error, RK_ERR_UNAVAILABLE, "the store sent too few bytes")
+                          : final;
 }
 
-static enum rk_status grpc_get(void *connection, const struct rk_get *get, uint64_t num_pages,
-                               struct rk_pages *pages, struct rk_error *error)
+static enum rk_status grpc_get(void *connection, const struct rk_get *gets, size_t num_gets,
+                               int64_t deadline_ns, struct rk_pages *pages, struct rk_error *error)
 {
     struct grpc_client *client = connection;
     struct rk_rpc_stream *stream = NULL;
-    struct arrival arrival = {.page_bytes = get->page_bytes, .pages = pages};
-    enum rk_status status = RK_ERR_NO_MEMORY;
-    arrival.buffer = rk_alloc_aligned(BUFFER_ALIGNMENT, num_pages * get->page_bytes);
-    if (!arrival.buffer) {
-        return rk_error_set(error, status, "no memory for %llu pages",
-                            (unsigned long long)num_pages);
-    }
-    status = rk_rpc_stream_open(client->channel, "/redknot.v1.KvStore/GetPages",
-                                rk_deadline_left_ms(get->deadline_ns), &stream, error);
+    enum rk_status status = rk_rpc_stream_open(client->channel, "/redknot.v1.KvStore/Get",
+                                               rk_deadline_left_ms(deadline_ns), &stream, error);
     if (status == RK_OK) {
-        status = stream_pages(stream, get, &arrival, error);
+        status = exchange(client, stream, gets, num_gets, pages, error);
     }
     rk_rpc_stream_destroy(stream);
-    if (status != RK_OK) {
-        rk_free(arrival.buffer);
-        return status == RK_ERR_DEADLINE ? RK_MISS_DEADLINE : status;
-    }
-    pages->hold = arrival.buffer;
-    return RK_OK;
+    return status == RK_ERR_DEADLINE ? RK_MISS_DEADLINE : status;
 }
 
-static void grpc_release(void *connection, struct rk_pages *pages)
+static void grpc_release(void *connection, struct rk_pages *pages, size_t num_pages)
 {
-    (void)connection;
-    rk_free(pages->hold);
+    struct grpc_client *client = connection;
+    arrival_release(&client->buffers, pages, num_pages);
+}
+
+/* ---- Put ---- */
+
+/* Counts the messages whose pages gRPC still reads, for they belong to the caller of put. */
+struct in_flight {
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    uint64_t messages;
+};
+
+/* One message: its header bytes, and whom to tell when it is sent. */
+struct message {
+    struct in_flight *in_flight;
+    struct rk_rpc_part parts[1 + PARTS_MAX];
+    uint8_t header[GRPC_CHUNK_HEADER_BYTES];
+};
+
+static void in_flight_init(struct in_flight *in_flight)
+{
+    pthread_condattr_t attributes;
+    *in_flight = (struct in_flight){.messages = 0};
+    RK_ASSERT(pthread_condattr_init(&attributes) == 0);
+    RK_ASSERT(pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC) == 0);
+    RK_ASSERT(pthread_cond_init(&in_flight->changed, &attributes) == 0);
+    (void)pthread_condattr_destroy(&attributes);
+    RK_ASSERT(pthread_mutex_init(&in_flight->lock, NULL) == 0);
+}
+
+/* Returning earlier would let the caller free pages that gRPC still reads. */
+static void in_flight_wait(struct in_flight *in_flight)
+{
+    int64_t deadline_ns = rk_deadline_in_ms(RELEASE_TIMEOUT_MS);
+    struct timespec until = {.tv_sec = deadline_ns / 1000000000,
+                             .tv_nsec = deadline_ns % 1000000000};
+    (void)pthread_mutex_lock(&in_flight->lock);
+    while (in_flight->messages > 0) {
+        int rc = pthread_cond_timedwait(&in_flight->changed, &in_flight->lock, &until);
+        RK_ASSERT(rc == 0 || in_flight->messages == 0);
+    }
+    (void)pthread_mutex_unlock(&in_flight->lock);
+    (void)pthread_mutex_destroy(&in_flight->lock);
+    (void)pthread_cond_destroy(&in_flight->changed);
+}
+
+static void message_released(void *context)
+{
+    struct message *message = context;
+    struct in_flight *in_flight = message->in_flight;
+    rk_free(message);
+    (void)pthread_mutex_lock(&in_flight->lock);
+    in_flight->messages--;
+    (void)pthread_cond_signal(&in_flight->changed);
+    (void)pthread_mutex_unlock(&in_flight->lock);
+}
+
+static enum rk_status chunk_send(struct rk_rpc_stream *stream, const struct wire_frame *frame,
+                                 struct in_flight *in_flight)
+{
+    struct message *message = rk_alloc(sizeof(*message));
+    if (!message) {
+        return RK_ERR_NO_MEMORY;
+    }
+    message->in_flight = in_flight;
+    message->parts[0].data = message->header;
+    message->parts[0].bytes =
+        grpc_chunk_header(frame->checksums, frame->num_checksums, frame->bytes, message->header);
+    for (size_t i = 0; i < frame->num_parts; i++) {
+        message->parts[1 + i] =
+            (struct rk_rpc_part){frame->parts[i].iov_base, frame->parts[i].iov_len};
+    }
+    (void)pthread_mutex_lock(&in_flight->lock);
+    in_flight->messages++;
+    (void)pthread_mutex_unlock(&in_flight->lock);
+    return rk_rpc_stream_send_parts(stream, message->parts, 1 + frame->num_parts, message_released,
+                                    message);
+}
+
+static void nothing_to_release(void *context)
+{
+    (void)context;
+}
+
+static enum rk_status put_send(struct rk_rpc_stream *stream, const struct rk_put *puts,
+                               size_t num_puts, struct wire_buffer *items,
+                               struct in_flight *in_flight)
+{
+    struct wire_outflow outflow = {.puts = puts, .num_puts = num_puts};
+    struct iovec parts[PARTS_MAX];
+    struct wire_frame frame = {.parts = parts, .parts_max = PARTS_MAX};
+    grpc_items_append(items, puts, num_puts);
+    if (items->failed) {
+        return RK_ERR_NO_MEMORY;
+    }
+    const struct rk_rpc_part head = {items->data, items->bytes};
+    /* It stays until the whole put is over. */
+    enum rk_status status = rk_rpc_stream_send_parts(stream, &head, 1, nothing_to_release, NULL);
+    while (status == RK_OK && wire_outflow_next(&outflow, MESSAGE_BYTES, &frame)) {
+        status = chunk_send(stream, &frame, in_flight);
+    }
+    return status == RK_OK ? rk_rpc_stream_send_done(stream) : status;
+}
+
+static enum rk_status results_recv(struct rk_rpc_stream *stream, struct rk_put *puts,
+                                   size_t num_puts, struct rk_error *error)
+{
+    struct ProtobufCMessage *message = NULL;
+    enum rk_status status =
+        rk_rpc_stream_recv(stream, &redknot__v1__put_reply__descriptor, &message);
+    if (status != RK_OK) {
+        return status;
+    }
+    const Redknot__V1__PutReply *reply = (const Redknot__V1__PutReply *)message;
+    if (reply->n_results != num_puts) {
+        status = rk_error_set(error, RK_ERR_UNAVAILABLE, "the store's answer to a put is none");
+    }
+    for (size_t i = 0; status == RK_OK && i < num_puts; i++) {
+        const Redknot__V1__PutReply__Result *result = reply->results[i];
+        puts[i].status = rk_status_from_name(result->status);
+        if (puts[i].status != RK_OK && error && error->text[0] == '\0') {
+            (void)rk_error_set(error, puts[i].status, "%s", result->error);
+        }
+    }
+    rk_rpc_message_free(message);
+    return status;
+}
+
+static enum rk_status grpc_put(void *connection, struct rk_put *puts, size_t num_puts,
+                               int64_t deadline_ns, struct rk_error *error)
+{
+    struct grpc_client *client = connection;
+    struct rk_rpc_stream *stream = NULL;
+    struct wire_buffer items = {.bytes = 0};
+    struct in_flight in_flight;
+    enum rk_status status = rk_rpc_stream_open(client->channel, "/redknot.v1.KvStore/Put",
+                                               rk_deadline_left_ms(deadline_ns), &stream, error);
+    if (status != RK_OK) {
+        return status;
+    }
+    in_flight_init(&in_flight);
+    status = put_send(stream, puts, num_puts, &items, &in_flight);
+    bool answered = false;
+    if (status == RK_OK) {
+        status = results_recv(stream, puts, num_puts, error);
+        answered = status == RK_OK;
+    }
+    struct rk_error why = {.text = ""};
+    /* When a send failed, the store's own status says why. */
+    enum rk_status final = rk_rpc_stream_finish(stream, &why);
+    if (!answered && final != RK_OK && final != RK_ERR_CANCELLED) {
+        status = rk_error_set(error, final, "%s", why.text);
+    } else if (status == RK_ERR_NOT_FOUND) {
+        status = rk_error_set(error, RK_ERR_UNAVAILABLE, "the store did not answer a put");
+    }
+    rk_rpc_stream_destroy(stream);
+    in_flight_wait(&in_flight);
+    rk_free(items.data);
+    return status;
 }
 
 const struct transport_ops transport_grpc = {
@@ -210,5 +434,6 @@ const struct transport_ops transport_grpc = {
     .connect = grpc_connect,
     .get = grpc_get,
     .release = grpc_release,
+    .put = grpc_put,
     .destroy = grpc_client_destroy,
 };

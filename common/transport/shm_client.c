@@ -1,13 +1,15 @@
 /*
- * The reader's side of the shm path: pages are read where the store keeps them.
+ * The client's side of the shm path: pages are read where the store keeps them,
+ * and what is put is handed over in an outbox, memory of ours that the store
+ * maps.
  *
  * A reply that comes after its get gave up is recognised by its request id and
  * its pin is given back, so a slow store does not cost the connection. A
  * connection that failed stays open while pages are out: closing it is what
  * releases their pins.
  */
-#include "common/transport/shm_wire_internal.h"
 #include "common/transport/transport_internal.h"
+#include "common/transport/wire_internal.h"
 
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
@@ -23,6 +25,9 @@
 #include <unistd.h>
 
 #define SEALS_NEEDED (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE)
+#define OUTBOX_SLOTS 4u
+#define SLOT_BYTES   (512u << 10)
+#define SLOT_PARTS   1024u
 
 struct shm_client {
     int fd;
@@ -33,8 +38,10 @@ struct shm_client {
     uint8_t *in;
     size_t in_room;
     size_t in_bytes;
-    uint8_t *request; /* grows to the largest request so far */
-    size_t request_room;
+    struct wire_buffer request;
+    uint8_t *outbox; /* NULL: nothing was put yet */
+    uint32_t slots_sent;
+    uint32_t slots_taken;
 };
 
 static enum rk_status lost(struct shm_client *client, struct rk_error *error, const char *what)
@@ -138,19 +145,24 @@ static void frame_done(struct shm_client *client, const struct shm_frame *frame)
     memmove(client->in, client->in + frame->bytes, client->in_bytes);
 }
 
-static void pin_release(struct shm_client *client, uint64_t pin_id)
+struct __attribute__((packed)) release_frame {
+    struct shm_frame_header header;
+    struct shm_release body;
+};
+
+static void pins_release(struct shm_client *client, const uint64_t *pin_ids, size_t count)
 {
-    struct __attribute__((packed)) {
-        struct shm_frame_header header;
-        struct shm_release body;
-    } frame = {.body.pin_id = pin_id};
-    if (client->broken) {
+    struct release_frame frames[RK_TRANSPORT_ITEMS_MAX];
+    if (client->broken || count == 0) {
         return;
     }
-    shm_header_fill(&frame.header, SHM_RELEASE, 0, sizeof(frame.body));
+    for (size_t i = 0; i < count; i++) {
+        frames[i].body.pin_id = pin_ids[i];
+        shm_header_fill(&frames[i].header, SHM_RELEASE, 0, sizeof(frames[i].body));
+    }
     /* A store so far behind that this does not fit has stopped: its pins end with the connection.
      */
-    if (send_all(client, &frame, sizeof(frame), 0, NULL) != RK_OK) {
+    if (send_all(client, frames, count * sizeof(frames[0]), 0, NULL) != RK_OK) {
         client->broken = true;
     }
 }
@@ -252,11 +264,14 @@ static void shm_destroy(void *connection)
     if (client->arena) {
         munmap((void *)client->arena, client->arena_bytes);
     }
+    if (client->outbox) {
+        munmap(client->outbox, OUTBOX_SLOTS * SLOT_BYTES);
+    }
     if (client->fd >= 0) {
         close(client->fd);
     }
     rk_free(client->in);
-    rk_free(client->request);
+    rk_free(client->request.data);
     rk_free(client);
 }
 
@@ -299,99 +314,300 @@ fail:
 
 /* ---- Get ---- */
 
-static enum rk_status request_send(struct shm_client *client, const struct rk_get *get,
-                                   struct rk_error *error)
+/* Header and body, in client->request. */
+static void request_begin(struct shm_client *client)
 {
-    size_t extents_bytes = get->num_extents * sizeof(struct rk_extent);
-    size_t body_bytes = sizeof(struct shm_get) + extents_bytes;
-    size_t bytes = sizeof(struct shm_frame_header) + body_bytes;
-    if (bytes > client->request_room) {
-        uint8_t *request = rk_alloc_resize(client->request, bytes, 1);
-        if (!request) {
-            return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a request");
-        }
-        client->request = request;
-        client->request_room = bytes;
-    }
-    struct shm_frame_header header;
-    struct shm_get body;
-    shm_get_fill(get, &body);
-    shm_header_fill(&header, SHM_GET, ++client->request_id, body_bytes);
-    memcpy(client->request, &header, sizeof(header));
-    memcpy(client->request + sizeof(header), &body, sizeof(body));
-    memcpy(client->request + sizeof(header) + sizeof(body), get->extents, extents_bytes);
-    return send_all(client, client->request, bytes, get->deadline_ns, error);
+    client->request.bytes = 0;
+    client->request.failed = false;
+    (void)wire_append(&client->request, NULL, sizeof(struct shm_frame_header));
 }
 
-static enum rk_status pages_read(struct shm_client *client, const struct shm_get_reply *reply,
-                                 const uint8_t *wire, uint32_t page_bytes, struct rk_pages *pages,
-                                 struct rk_error *error)
+static enum rk_status request_send(struct shm_client *client, enum shm_frame_type type,
+                                   int64_t deadline_ns, struct rk_error *error)
 {
+    struct wire_buffer *request = &client->request;
+    struct shm_frame_header header;
+    if (request->failed) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a request");
+    }
+    shm_header_fill(&header, type, client->request_id, request->bytes - sizeof(header));
+    memcpy(request->data, &header, sizeof(header));
+    return send_all(client, request->data, request->bytes, deadline_ns, error);
+}
+
+/* The pins of a reply that nobody waits for any more. */
+static void late_release(struct shm_client *client, const struct shm_frame *frame)
+{
+    struct wire_reader reader = {frame->body, frame->header.body_bytes};
+    uint64_t pin_ids[RK_TRANSPORT_ITEMS_MAX];
+    uint32_t count = 0;
+    uint32_t pins = 0;
+    (void)wire_take(&reader, &count, sizeof(count));
+    for (uint32_t i = 0; i < count && i < RK_TRANSPORT_ITEMS_MAX; i++) {
+        struct wire_found found;
+        if (!wire_take(&reader, &found, sizeof(found))) {
+            break;
+        }
+        size_t rest = found.text_bytes ? found.text_bytes
+                                       : (size_t)found.num_pages * sizeof(struct wire_page);
+        if (rest > reader.left) {
+            break;
+        }
+        reader.at += rest;
+        reader.left -= rest;
+        if (found.text_bytes == 0) {
+            pin_ids[pins++] = found.pin_id;
+        }
+    }
+    pins_release(client, pin_ids, pins);
+}
+
+/* Where the pages lie, or their copy in the reader's buffer; verified if that was asked. */
+static enum rk_status pages_place(struct shm_client *client, const struct rk_get *get,
+                                  const uint8_t *entries, struct rk_pages *pages,
+                                  struct rk_error *error)
+{
+    uint8_t *buffer = get->buffer;
     for (uint64_t i = 0; i < pages->num_pages; i++) {
-        struct shm_page page;
-        memcpy(&page, wire + i * sizeof(page), sizeof(page));
-        if (page.offset > client->arena_bytes || page_bytes > client->arena_bytes - page.offset) {
+        struct wire_page wire;
+        struct rk_page *page = &pages->pages[i];
+        uint64_t left = pages->bytes - i * pages->page_bytes;
+        size_t length = left < pages->page_bytes ? (size_t)left : pages->page_bytes;
+        memcpy(&wire, entries + i * sizeof(wire), sizeof(wire));
+        if (wire.offset > client->arena_bytes || length > client->arena_bytes - wire.offset) {
             return lost(client, error, "a page outside of its arena");
         }
-        pages->pages[i] =
-            (struct rk_page){.data = client->arena + page.offset, .checksum = page.checksum};
+        page->data = client->arena + wire.offset;
+        if (buffer) {
+            memcpy(buffer + i * pages->page_bytes, page->data, length);
+            page->data = buffer + i * pages->page_bytes;
+        }
+        if (get->verify && !rk_page_verify(page, length)) {
+            pages->status = RK_MISS_CHECKSUM;
+            return RK_OK;
+        }
     }
-    pages->hold = (void *)(uintptr_t)reply->pin_id;
-    pages->tier = RK_TIER_DRAM;
     return RK_OK;
 }
 
-/* *ret_ours: the reply was that of the get under way. */
-static enum rk_status reply_read(struct shm_client *client, const struct shm_frame *frame,
-                                 const struct rk_get *get, struct rk_pages *pages, bool *ret_ours,
+static enum rk_status found_read(struct shm_client *client, const struct shm_frame *frame,
+                                 const struct rk_get *gets, size_t num_gets, struct rk_pages *pages,
                                  struct rk_error *error)
 {
-    struct shm_get_reply reply;
-    size_t rest = frame->header.body_bytes - sizeof(reply);
-    if (frame->header.type != SHM_GET_REPLY || frame->header.body_bytes < sizeof(reply)) {
-        return lost(client, error, "a frame out of order");
+    struct wire_reader reader = {frame->body, frame->header.body_bytes};
+    uint32_t count = 0;
+    if (!wire_take(&reader, &count, sizeof(count)) || count != num_gets) {
+        return lost(client, error, "an answer to another question");
     }
-    memcpy(&reply, frame->body, sizeof(reply));
-    *ret_ours = frame->header.request_id == client->request_id;
-    if (!*ret_ours) {
-        if (!reply.failed) {
-            pin_release(client, reply.pin_id);
+    for (size_t i = 0; i < num_gets; i++) {
+        uint64_t pin_id = 0;
+        const uint8_t *entries = NULL;
+        enum rk_status status =
+            wire_found_parse(&reader, true, &gets[i], &pages[i], &pin_id, &entries, error);
+        if (status == RK_OK && pages[i].status == RK_OK) {
+            pages[i].hold = (void *)(uintptr_t)pin_id;
+            status = pages_place(client, &gets[i], entries, &pages[i], error);
         }
-        return RK_OK;
+        if (status != RK_OK) {
+            client->broken = true; /* Pins that were not read end with the connection. */
+            return status;
+        }
     }
-    if (reply.failed) {
-        return shm_failure_parse(frame->body + sizeof(reply), rest, error);
-    }
-    if (reply.num_pages != pages->num_pages || rest != pages->num_pages * sizeof(struct shm_page)) {
-        return lost(client, error, "another number of pages than asked for");
-    }
-    return pages_read(client, &reply, frame->body + sizeof(reply), get->page_bytes, pages, error);
+    return RK_OK;
 }
 
-static enum rk_status shm_get(void *connection, const struct rk_get *get, uint64_t num_pages,
-                              struct rk_pages *pages, struct rk_error *error)
+static enum rk_status shm_get(void *connection, const struct rk_get *gets, size_t num_gets,
+                              int64_t deadline_ns, struct rk_pages *pages, struct rk_error *error)
 {
     struct shm_client *client = connection;
-    (void)num_pages;
     if (client->broken) {
         return lost(client, error, "the connection failed before");
     }
-    enum rk_status status = request_send(client, get, error);
+    client->request_id++;
+    request_begin(client);
+    wire_gets_append(&client->request, gets, num_gets);
+    enum rk_status status = request_send(client, SHM_GET, deadline_ns, error);
     bool ours = false;
     while (status == RK_OK && !ours) {
         struct shm_frame frame;
-        status = frame_recv(client, get->deadline_ns, &frame, error);
-        if (status == RK_OK) {
-            status = reply_read(client, &frame, get, pages, &ours, error);
-            frame_done(client, &frame);
+        status = frame_recv(client, deadline_ns, &frame, error);
+        if (status != RK_OK) {
+            break;
         }
+        ours = frame.header.request_id == client->request_id;
+        if (frame.header.type != SHM_FOUND) {
+            status = lost(client, error, "a frame out of order");
+        } else if (ours) {
+            status = found_read(client, &frame, gets, num_gets, pages, error);
+        } else {
+            late_release(client, &frame);
+        }
+        frame_done(client, &frame);
     }
     return status;
 }
 
-static void shm_release(void *connection, struct rk_pages *pages)
+static void shm_release(void *connection, struct rk_pages *pages, size_t num_pages)
 {
-    pin_release(connection, (uint64_t)(uintptr_t)pages->hold);
+    uint64_t pin_ids[RK_TRANSPORT_ITEMS_MAX];
+    uint32_t pins = 0;
+    for (size_t i = 0; i < num_pages; i++) {
+        if (pages[i].hold) {
+            pin_ids[pins++] = (uint64_t)(uintptr_t)pages[i].hold;
+            pages[i].hold = NULL;
+        }
+    }
+    pins_release(connection, pin_ids, pins);
+}
+
+/* ---- Put ---- */
+
+static enum rk_status outbox_send(struct shm_client *client, int fd, struct rk_error *error)
+{
+    struct __attribute__((packed)) {
+        struct shm_frame_header header;
+        struct shm_outbox body;
+    } frame = {.body.bytes = OUTBOX_SLOTS * SLOT_BYTES};
+    union {
+        struct cmsghdr align;
+        char bytes[CMSG_SPACE(sizeof(int))];
+    } control = {0};
+    struct iovec part = {.iov_base = &frame, .iov_len = sizeof(frame)};
+    struct msghdr message = {.msg_iov = &part,
+                             .msg_iovlen = 1,
+                             .msg_control = control.bytes,
+                             .msg_controllen = sizeof(control.bytes)};
+    struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
+    shm_header_fill(&frame.header, SHM_OUTBOX, 0, sizeof(frame.body));
+    rights->cmsg_level = SOL_SOCKET;
+    rights->cmsg_type = SCM_RIGHTS;
+    rights->cmsg_len = CMSG_LEN(sizeof(int));
+    memcpy(CMSG_DATA(rights), &fd, sizeof(int));
+    if (sendmsg(client->fd, &message, MSG_NOSIGNAL) != (ssize_t)sizeof(frame)) {
+        return lost(client, error, "the store does not take our outbox");
+    }
+    return RK_OK;
+}
+
+static enum rk_status outbox_make(struct shm_client *client, struct rk_error *error)
+{
+    size_t bytes = OUTBOX_SLOTS * SLOT_BYTES;
+    int fd = memfd_create("redknot-outbox", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    void *outbox = MAP_FAILED;
+    if (fd >= 0 && ftruncate(fd, (off_t)bytes) == 0 &&
+        fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) == 0) {
+        outbox = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    }
+    enum rk_status status = RK_ERR_NO_MEMORY;
+    if (outbox == MAP_FAILED) {
+        (void)rk_error_set(error, status, "no shared memory for what is put: %s", strerror(errno));
+    } else {
+        client->outbox = outbox;
+        status = outbox_send(client, fd, error);
+    }
+    if (fd >= 0) {
+        close(fd);
+    }
+    return status;
+}
+
+/* Takes frames until one slot more is free, or (results) the put is over. */
+static enum rk_status put_wait(struct shm_client *client, struct rk_put *puts, size_t num_puts,
+                               bool results, int64_t deadline_ns, struct rk_error *error)
+{
+    enum rk_status status = RK_OK;
+    bool done = false;
+    while (status == RK_OK && !done) {
+        struct shm_frame frame;
+        status = frame_recv(client, deadline_ns, &frame, error);
+        if (status != RK_OK) {
+            break;
+        }
+        bool ours = frame.header.request_id == client->request_id;
+        if (frame.header.type == SHM_FOUND && !ours) {
+            late_release(client, &frame);
+        } else if (frame.header.type == SHM_TAKEN && ours) {
+            client->slots_taken++;
+            done = !results;
+        } else if (frame.header.type == SHM_RESULTS && ours && results) {
+            status = wire_results_parse(frame.body, frame.header.body_bytes, puts, num_puts, error);
+            done = true;
+        } else {
+            status = lost(client, error, "a frame out of order");
+        }
+        frame_done(client, &frame);
+    }
+    return status;
+}
+
+static enum rk_status slot_send(struct shm_client *client, const struct wire_frame *frame,
+                                int64_t deadline_ns, struct rk_error *error)
+{
+    uint64_t place = (uint64_t)(client->slots_sent % OUTBOX_SLOTS) * SLOT_BYTES;
+    struct shm_put_data data = {
+        .place = place, .bytes = (uint32_t)frame->bytes, .num_checksums = frame->num_checksums};
+    uint8_t *to = client->outbox + place;
+    for (size_t i = 0; i < frame->num_parts; i++) {
+        memcpy(to, frame->parts[i].iov_base, frame->parts[i].iov_len);
+        to += frame->parts[i].iov_len;
+    }
+    request_begin(client);
+    (void)wire_append(&client->request, &data, sizeof(data));
+    (void)wire_append(&client->request, frame->checksums,
+                      frame->num_checksums * sizeof(frame->checksums[0]));
+    client->slots_sent++;
+    return request_send(client, SHM_PUT_DATA, deadline_ns, error);
+}
+
+static enum rk_status put_send(struct shm_client *client, struct rk_put *puts, size_t num_puts,
+                               int64_t deadline_ns, struct wire_frame *frame,
+                               struct rk_error *error)
+{
+    struct wire_outflow outflow = {.puts = puts, .num_puts = num_puts};
+    client->request_id++;
+    client->slots_sent = client->slots_taken = 0;
+    request_begin(client);
+    wire_heads_append(&client->request, puts, num_puts);
+    enum rk_status status = request_send(client, SHM_PUT, deadline_ns, error);
+    while (status == RK_OK && wire_outflow_next(&outflow, SLOT_BYTES, frame)) {
+        if (client->slots_sent - client->slots_taken == OUTBOX_SLOTS) {
+            status = put_wait(client, puts, num_puts, false, deadline_ns, error);
+        }
+        if (status == RK_OK) {
+            status = slot_send(client, frame, deadline_ns, error);
+        }
+    }
+    return status == RK_OK ? put_wait(client, puts, num_puts, true, deadline_ns, error) : status;
+}
+
+static enum rk_status shm_put(void *connection, struct rk_put *puts, size_t num_puts,
+                              int64_t deadline_ns, struct rk_error *error)
+{
+    struct shm_client *client = connection;
+    if (client->broken) {
+        return lost(client, error, "the connection failed before");
+    }
+    struct iovec parts[SLOT_PARTS];
+    struct wire_frame *frame = rk_alloc(sizeof(*frame));
+    enum rk_status status = RK_OK;
+    if (!frame) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a put");
+    }
+    frame->parts = parts;
+    frame->parts_max = SLOT_PARTS;
+    if (!client->outbox) {
+        status = outbox_make(client, error);
+    }
+    if (status == RK_OK) {
+        status = put_send(client, puts, num_puts, deadline_ns, frame, error);
+    }
+    rk_free(frame);
+    if (status != RK_OK) {
+        client->broken = true; /* The store is in the middle of it. */
+    }
+    return status == RK_MISS_DEADLINE
+               ? rk_error_set(error, RK_ERR_DEADLINE, "the store did not take a put in time")
+               : status;
 }
 
 const struct transport_ops transport_shm = {
@@ -401,5 +617,6 @@ const struct transport_ops transport_shm = {
     .connect = shm_connect,
     .get = shm_get,
     .release = shm_release,
+    .put = shm_put,
     .destroy = shm_destroy,
 };

@@ -5,7 +5,7 @@
  * nothing more is read from that connection, so a flood fills only the
  * reader's own socket buffer.
  */
-#include "common/transport/shm_wire_internal.h"
+#include "common/transport/wire_internal.h"
 
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
@@ -18,6 +18,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -26,6 +27,8 @@
 #define IN_BYTES_FIRST 4096u
 #define REFUSALS_MAX   64u /* gets over pins_max in a row: such a reader does not listen */
 #define READS_A_TURN   16u /* then the other readers come first */
+#define OUTBOX_MAX     (64u << 20)
+#define IN_KEPT_MAX    (1u << 20) /* a larger request's memory is given back */
 
 struct pin {
     uint64_t id; /* 0: free */
@@ -38,14 +41,17 @@ struct connection {
     uint8_t *in;
     size_t in_room;
     size_t in_bytes;
-    uint8_t *out;
-    size_t out_room;
+    struct wire_buffer out;
     size_t out_begin;
-    size_t out_bytes;
     struct pin *pins;
     uint32_t pins_room;
     uint32_t pins_used;
     uint32_t refusals;
+    int fd_received; /* beside the bytes, not used yet; -1: none */
+    const uint8_t *outbox;
+    uint64_t outbox_bytes;
+    struct rk_intake *intake; /* the put under way */
+    uint32_t put_id;
 };
 
 struct rk_shm_server {
@@ -60,6 +66,7 @@ struct rk_shm_server {
     struct connection *connections;
     struct pollfd *polls; /* wake, listen, then one per connection */
     struct rk_extent *extents;
+    struct rk_get gets[RK_TRANSPORT_ITEMS_MAX];
     uint64_t *offsets;
     uint64_t *checksums;
     uint32_t next_pin;
@@ -119,6 +126,13 @@ static bool pin_drop(struct rk_shm_server *server, struct connection *connection
 
 /* ---- Connections ---- */
 
+static void close_if_open(int fd)
+{
+    if (fd >= 0) {
+        close(fd);
+    }
+}
+
 static void connection_close(struct rk_shm_server *server, struct connection *connection,
                              const char *why)
 {
@@ -126,10 +140,15 @@ static void connection_close(struct rk_shm_server *server, struct connection *co
         RK_LOG_WARN("shm_reader_dropped", "reason=%q pins=%u", why, connection->pins_used);
     }
     close(connection->fd);
+    close_if_open(connection->fd_received);
     pins_release(server, connection);
+    rk_intake_destroy(connection->intake);
+    if (connection->outbox) {
+        munmap((void *)(uintptr_t)connection->outbox, connection->outbox_bytes);
+    }
     rk_free(connection->in);
-    rk_free(connection->out);
-    *connection = (struct connection){.fd = -1};
+    rk_free(connection->out.data);
+    *connection = (struct connection){.fd = -1, .fd_received = -1};
 }
 
 static bool peer_allowed(int fd)
@@ -170,9 +189,10 @@ static void accept_reader(struct rk_shm_server *server)
 /* RK_OK: all is sent, or the rest waits in the connection's buffer. */
 static enum rk_status flush(struct connection *connection)
 {
-    while (connection->out_begin < connection->out_bytes) {
-        ssize_t sent = send(connection->fd, connection->out + connection->out_begin,
-                            connection->out_bytes - connection->out_begin, MSG_NOSIGNAL);
+    struct wire_buffer *out = &connection->out;
+    while (connection->out_begin < out->bytes) {
+        ssize_t sent = send(connection->fd, out->data + connection->out_begin,
+                            out->bytes - connection->out_begin, MSG_NOSIGNAL);
         if (sent < 0 && errno == EINTR) {
             continue;
         }
@@ -182,23 +202,28 @@ static enum rk_status flush(struct connection *connection)
         connection->out_begin += (size_t)sent;
     }
     connection->out_begin = 0;
-    connection->out_bytes = 0;
+    out->bytes = 0;
     return RK_OK;
 }
 
-static uint8_t *out_reserve(struct connection *connection, size_t bytes)
+/* A frame is a header, whose length is filled in at its end, and what is appended between. */
+static size_t reply_begin(struct connection *connection)
 {
-    RK_ASSERT(connection->out_bytes == 0);
-    if (bytes > connection->out_room) {
-        uint8_t *out = rk_alloc_resize(connection->out, bytes, 1);
-        if (!out) {
-            return NULL;
-        }
-        connection->out = out;
-        connection->out_room = bytes;
+    size_t at = connection->out.bytes;
+    (void)wire_append(&connection->out, NULL, sizeof(struct shm_frame_header));
+    return at;
+}
+
+static enum rk_status reply_end(struct connection *connection, enum shm_frame_type type,
+                                uint32_t request_id, size_t at)
+{
+    struct shm_frame_header header;
+    if (connection->out.failed) {
+        return RK_ERR_NO_MEMORY;
     }
-    connection->out_bytes = bytes;
-    return connection->out;
+    shm_header_fill(&header, type, request_id, connection->out.bytes - at - sizeof(header));
+    memcpy(connection->out.data + at, &header, sizeof(header));
+    return RK_OK;
 }
 
 static enum rk_status reply_hello(struct rk_shm_server *server, struct connection *connection,
@@ -233,85 +258,170 @@ static enum rk_status reply_hello(struct rk_shm_server *server, struct connectio
     return RK_OK;
 }
 
-static enum rk_status reply_failure(struct connection *connection, uint32_t request_id,
-                                    enum rk_status status, const char *text)
-{
-    char line[SHM_ERROR_TEXT_MAX];
-    size_t line_bytes = shm_failure_format(status, text, line);
-    struct shm_get_reply body = {.failed = 1};
-    size_t body_bytes = sizeof(body) + line_bytes;
-    struct shm_frame_header header;
-    shm_header_fill(&header, SHM_GET_REPLY, request_id, body_bytes);
-    uint8_t *out = out_reserve(connection, sizeof(header) + body_bytes);
-    if (!out) {
-        return RK_ERR_NO_MEMORY;
-    }
-    memcpy(out, &header, sizeof(header));
-    memcpy(out + sizeof(header), &body, sizeof(body));
-    memcpy(out + sizeof(header) + sizeof(body), line, line_bytes);
-    return flush(connection);
-}
+/* ---- Gets ---- */
 
-static enum rk_status reply_pages(struct rk_shm_server *server, struct connection *connection,
-                                  uint32_t request_id, uint64_t pin_id, uint64_t num_pages)
+/* Pins one item and says so in the reply. Returns the pages it has. */
+static uint64_t item_pin(struct rk_shm_server *server, struct connection *connection,
+                         const struct rk_get *get, uint64_t pages_max)
 {
-    struct shm_get_reply body = {.pin_id = pin_id, .num_pages = (uint32_t)num_pages};
-    size_t body_bytes = sizeof(body) + num_pages * sizeof(struct shm_page);
-    struct shm_frame_header header;
-    shm_header_fill(&header, SHM_GET_REPLY, request_id, body_bytes);
-    uint8_t *out = out_reserve(connection, sizeof(header) + body_bytes);
-    if (!out) {
-        return RK_ERR_NO_MEMORY;
-    }
-    memcpy(out, &header, sizeof(header));
-    memcpy(out + sizeof(header), &body, sizeof(body));
-    out += sizeof(header) + sizeof(body);
-    for (uint64_t i = 0; i < num_pages; i++) {
-        struct shm_page page = {.offset = server->offsets[i], .checksum = server->checksums[i]};
-        memcpy(out + i * sizeof(page), &page, sizeof(page));
-    }
-    return flush(connection);
-}
-
-/* ---- Requests ---- */
-
-static enum rk_status handle_get(struct rk_shm_server *server, struct connection *connection,
-                                 const struct shm_frame *frame, const char **ret_why)
-{
-    uint32_t request_id = frame->header.request_id;
-    struct rk_get get;
-    if (shm_get_parse(frame, server->options.pages_max, server->extents, &get) != RK_OK) {
-        *ret_why = "a malformed or too large get";
-        return RK_ERR_INVALID;
-    }
+    struct rk_error error = {.text = ""};
+    struct rk_found found = {.pin = NULL};
     struct pin *slot = pin_slot(server, connection);
     if (!slot) {
-        if (++connection->refusals > REFUSALS_MAX) {
-            *ret_why = "too many gets without a release";
-            return RK_ERR_INVALID;
-        }
-        return reply_failure(connection, request_id, RK_ERR_FULL,
-                             "this connection holds its maximum of pins");
+        connection->refusals++;
+        wire_failure_append(&connection->out, RK_ERR_FULL,
+                            "this connection holds its maximum of pins");
+        return 0;
     }
     connection->refusals = 0;
-    get.deadline_ns = RK_DEADLINE_NEVER; /* The reader watches it; pinning does not wait. */
-    struct rk_error error = {0};
-    uint64_t num_pages = get.pages_max;
-    void *pinned = NULL;
     enum rk_status status =
-        server->options.ops->pin(server->options.context, RK_PATH_SHM, &get, server->offsets,
-                                 server->checksums, &num_pages, &pinned, &error);
+        server->options.ops->pin(server->options.context, RK_PATH_SHM, get, pages_max,
+                                 server->offsets, server->checksums, &found, &error);
     if (status != RK_OK) {
-        return reply_failure(connection, request_id, status, error.text);
+        wire_failure_append(&connection->out, status, error.text);
+        return 0;
     }
     if (++server->next_pin == 0) {
         server->next_pin = 1;
     }
     uint64_t index = (uint64_t)(slot - connection->pins);
-    *slot = (struct pin){.id = (uint64_t)server->next_pin << 32 | (index + 1), .pin = pinned};
+    *slot = (struct pin){.id = (uint64_t)server->next_pin << 32 | (index + 1), .pin = found.pin};
     connection->pins_used++;
-    return reply_pages(server, connection, request_id, slot->id, num_pages);
+    wire_found_append(&connection->out, &found, slot->id, server->offsets, server->checksums);
+    return found.num_pages;
 }
+
+static enum rk_status handle_get(struct rk_shm_server *server, struct connection *connection,
+                                 const struct shm_frame *frame, const char **ret_why)
+{
+    size_t count = 0;
+    uint64_t pages_left = server->options.pages_max;
+    if (wire_gets_parse(frame->body, frame->header.body_bytes, server->extents, server->gets,
+                        &count) != RK_OK) {
+        *ret_why = "a malformed or too large get";
+        return RK_ERR_INVALID;
+    }
+    size_t at = reply_begin(connection);
+    wire_append_count(&connection->out, (uint32_t)count);
+    for (size_t i = 0; i < count; i++) {
+        pages_left -= item_pin(server, connection, &server->gets[i], pages_left);
+    }
+    if (connection->refusals > REFUSALS_MAX) {
+        *ret_why = "too many gets without a release";
+        return RK_ERR_INVALID;
+    }
+    return reply_end(connection, SHM_FOUND, frame->header.request_id, at);
+}
+
+/* ---- Puts ---- */
+
+static enum rk_status handle_outbox(struct connection *connection, const struct shm_frame *frame,
+                                    const char **ret_why)
+{
+    struct shm_outbox outbox = {.bytes = 0};
+    struct stat info;
+    int fd = connection->fd_received;
+    connection->fd_received = -1;
+    if (frame->header.body_bytes == sizeof(outbox)) {
+        memcpy(&outbox, frame->body, sizeof(outbox));
+    }
+    /* It must not shrink under our reads. */
+    int seals = fd >= 0 ? fcntl(fd, F_GET_SEALS) : -1;
+    bool good = seals >= 0 && (seals & F_SEAL_SHRINK) && fstat(fd, &info) == 0 &&
+                outbox.bytes > 0 && outbox.bytes <= OUTBOX_MAX &&
+                (uint64_t)info.st_size >= outbox.bytes && !connection->outbox;
+    void *memory = good ? mmap(NULL, outbox.bytes, PROT_READ, MAP_SHARED, fd, 0) : MAP_FAILED;
+    close_if_open(fd);
+    if (memory == MAP_FAILED) {
+        *ret_why = "an outbox that is none, or is not sealed";
+        return RK_ERR_INVALID;
+    }
+    connection->outbox = memory;
+    connection->outbox_bytes = outbox.bytes;
+    return RK_OK;
+}
+
+static enum rk_status put_finish(struct connection *connection)
+{
+    struct rk_intake *intake = connection->intake;
+    rk_intake_end(intake);
+    size_t at = reply_begin(connection);
+    wire_append_count(&connection->out, (uint32_t)rk_intake_items(intake));
+    for (size_t i = 0; i < rk_intake_items(intake); i++) {
+        const char *text = NULL;
+        enum rk_status status = rk_intake_result(intake, i, &text);
+        wire_result_append(&connection->out, status, text);
+    }
+    enum rk_status status = reply_end(connection, SHM_RESULTS, connection->put_id, at);
+    rk_intake_destroy(intake);
+    connection->intake = NULL;
+    return status;
+}
+
+static enum rk_status handle_put(struct rk_shm_server *server, struct connection *connection,
+                                 const struct shm_frame *frame, const char **ret_why)
+{
+    struct wire_reader reader = {frame->body, frame->header.body_bytes};
+    const struct rk_transport_store_ops *ops = server->options.ops;
+    uint32_t count = 0;
+    *ret_why = "a malformed put";
+    if (connection->intake || !connection->outbox || !wire_take(&reader, &count, sizeof(count)) ||
+        count == 0 || count > RK_TRANSPORT_ITEMS_MAX) {
+        return RK_ERR_INVALID;
+    }
+    enum rk_status status =
+        rk_intake_create(ops, server->options.context, count, &connection->intake);
+    if (status != RK_OK) {
+        return status;
+    }
+    connection->put_id = frame->header.request_id;
+    for (uint32_t i = 0; i < count; i++) {
+        struct rk_error error = {.text = ""};
+        const uint8_t *head = NULL;
+        uint32_t head_bytes = 0;
+        uint32_t page_bytes = 0;
+        uint64_t bytes = 0;
+        void *put = NULL;
+        if (!wire_take_block(&reader, &head, &head_bytes)) {
+            return RK_ERR_INVALID;
+        }
+        status = ops->put_begin(server->options.context, RK_PATH_SHM, head, head_bytes, &put,
+                                &bytes, &page_bytes, &error);
+        rk_intake_add(connection->intake, status, error.text, put, bytes, page_bytes);
+    }
+    if (reader.left > 0) {
+        return RK_ERR_INVALID;
+    }
+    return rk_intake_whole(connection->intake) ? put_finish(connection) : RK_OK;
+}
+
+static enum rk_status handle_put_data(struct connection *connection, const struct shm_frame *frame,
+                                      const char **ret_why)
+{
+    struct wire_reader reader = {frame->body, frame->header.body_bytes};
+    struct shm_put_data data;
+    uint64_t checksums[WIRE_FRAME_SUMS_MAX];
+    if (!wire_take(&reader, &data, sizeof(data)) || data.num_checksums > WIRE_FRAME_SUMS_MAX ||
+        !wire_take(&reader, checksums, data.num_checksums * sizeof(checksums[0])) ||
+        reader.left > 0 || data.place > connection->outbox_bytes ||
+        data.bytes > connection->outbox_bytes - data.place) {
+        *ret_why = "bytes outside of the outbox";
+        return RK_ERR_INVALID;
+    }
+    if (!connection->intake || frame->header.request_id != connection->put_id) {
+        return RK_OK; /* Of a put that failed as a whole: its results are on their way. */
+    }
+    if (rk_intake_write(connection->intake, connection->outbox + data.place, data.bytes, checksums,
+                        data.num_checksums) != RK_OK) {
+        *ret_why = "other bytes than the put announced";
+        return RK_ERR_INVALID;
+    }
+    enum rk_status status =
+        reply_end(connection, SHM_TAKEN, frame->header.request_id, reply_begin(connection));
+    return status == RK_OK && rk_intake_whole(connection->intake) ? put_finish(connection) : status;
+}
+
+/* ---- Frames ---- */
 
 static enum rk_status handle_frame(struct rk_shm_server *server, struct connection *connection,
                                    const struct shm_frame *frame, const char **ret_why)
@@ -325,6 +435,12 @@ static enum rk_status handle_frame(struct rk_shm_server *server, struct connecti
         return reply_hello(server, connection, frame->header.request_id);
     case SHM_GET:
         return handle_get(server, connection, frame, ret_why);
+    case SHM_OUTBOX:
+        return handle_outbox(connection, frame, ret_why);
+    case SHM_PUT:
+        return handle_put(server, connection, frame, ret_why);
+    case SHM_PUT_DATA:
+        return handle_put_data(connection, frame, ret_why);
     case SHM_RELEASE: {
         struct shm_release release;
         if (frame->header.body_bytes == sizeof(release)) {
@@ -349,13 +465,16 @@ static enum rk_status drain_frames(struct rk_shm_server *server, struct connecti
     size_t at = 0;
     enum rk_status status = RK_OK;
     *ret_needed = sizeof(struct shm_frame_header);
-    while (connection->out_bytes == 0 && status == RK_OK) {
+    while (connection->out.bytes == 0 && status == RK_OK) {
         struct shm_frame frame;
         status = shm_frame_parse(connection->in + at, connection->in_bytes - at,
                                  SHM_REQUEST_BYTES_MAX, &frame, ret_needed);
         if (status == RK_OK) {
             status = handle_frame(server, connection, &frame, ret_why);
             at += frame.bytes;
+            if (status == RK_OK && connection->out.bytes > 0) {
+                status = flush(connection);
+            }
         } else if (status == RK_ERR_INVALID) {
             *ret_why = "bytes that are no frame";
         }
@@ -365,7 +484,35 @@ static enum rk_status drain_frames(struct rk_shm_server *server, struct connecti
     }
     memmove(connection->in, connection->in + at, connection->in_bytes - at);
     connection->in_bytes -= at;
+    if (connection->in_bytes == 0 && connection->in_room > IN_KEPT_MAX) {
+        rk_free(connection->in);
+        connection->in = NULL;
+        connection->in_room = 0;
+    }
     return RK_OK;
+}
+
+/* Keeps a descriptor that comes beside the bytes, for an OUTBOX. */
+static ssize_t recv_with_descriptor(struct connection *connection)
+{
+    union {
+        struct cmsghdr align;
+        char bytes[CMSG_SPACE(sizeof(int))];
+    } control = {0};
+    struct iovec part = {.iov_base = connection->in + connection->in_bytes,
+                         .iov_len = connection->in_room - connection->in_bytes};
+    struct msghdr message = {.msg_iov = &part,
+                             .msg_iovlen = 1,
+                             .msg_control = control.bytes,
+                             .msg_controllen = sizeof(control.bytes)};
+    ssize_t got = recvmsg(connection->fd, &message, MSG_CMSG_CLOEXEC);
+    struct cmsghdr *rights = got > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+    if (rights && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS &&
+        rights->cmsg_len == CMSG_LEN(sizeof(int))) {
+        close_if_open(connection->fd_received);
+        memcpy(&connection->fd_received, CMSG_DATA(rights), sizeof(int));
+    }
+    return got;
 }
 
 static enum rk_status read_some(struct connection *connection, size_t needed)
@@ -379,8 +526,7 @@ static enum rk_status read_some(struct connection *connection, size_t needed)
         connection->in = in;
         connection->in_room = room;
     }
-    ssize_t got = recv(connection->fd, connection->in + connection->in_bytes,
-                       connection->in_room - connection->in_bytes, 0);
+    ssize_t got = recv_with_descriptor(connection);
     if (got > 0) {
         connection->in_bytes += (size_t)got;
         return RK_OK;
@@ -397,10 +543,10 @@ static void serve(struct rk_shm_server *server, struct connection *connection, s
     if (events & POLLOUT) {
         status = flush(connection);
     }
-    if (status == RK_OK) { /* What was read while a reply was under way. */
+    if (status == RK_OK && connection->out.bytes == 0) { /* What was read while one was sent. */
         status = drain_frames(server, connection, &needed, &why);
     }
-    for (uint32_t i = 0; i < READS_A_TURN && status == RK_OK && connection->out_bytes == 0; i++) {
+    for (uint32_t i = 0; i < READS_A_TURN && status == RK_OK && connection->out.bytes == 0; i++) {
         status = read_some(connection, needed);
         if (status == RK_OK) {
             status = drain_frames(server, connection, &needed, &why);
@@ -425,7 +571,7 @@ static void *server_thread(void *context)
             const struct connection *connection = &server->connections[i];
             /* poll ignores -1. With a reply under way only its end matters. */
             server->polls[2 + i] = (struct pollfd){
-                .fd = connection->fd, .events = connection->out_bytes > 0 ? POLLOUT : POLLIN};
+                .fd = connection->fd, .events = connection->out.bytes > 0 ? POLLOUT : POLLIN};
         }
         if (poll(server->polls, 2 + connections_max, -1) < 0) {
             RK_ASSERT(errno == EINTR || errno == ENOMEM);
@@ -541,7 +687,7 @@ static enum rk_status tables_create(struct rk_shm_server *server, struct rk_erro
     uint32_t connections_max = server->options.connections_max;
     server->connections = rk_alloc_zero(connections_max, sizeof(*server->connections));
     server->polls = rk_alloc_zero(connections_max + 2, sizeof(*server->polls));
-    server->extents = rk_alloc(SHM_EXTENTS_MAX * sizeof(*server->extents));
+    server->extents = rk_alloc(WIRE_EXTENTS_MAX * sizeof(*server->extents));
     server->offsets = rk_alloc_zero(server->options.pages_max, sizeof(uint64_t));
     server->checksums = rk_alloc_zero(server->options.pages_max, sizeof(uint64_t));
     if (!server->connections || !server->polls || !server->extents || !server->offsets ||
@@ -549,7 +695,7 @@ static enum rk_status tables_create(struct rk_shm_server *server, struct rk_erro
         return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for the shm server");
     }
     for (uint32_t i = 0; i < connections_max; i++) {
-        server->connections[i].fd = -1;
+        server->connections[i] = (struct connection){.fd = -1, .fd_received = -1};
     }
     return RK_OK;
 }
@@ -581,7 +727,7 @@ enum rk_status rk_shm_server_start(const struct rk_shm_server_options *options,
     set->connections_max = set->connections_max ? set->connections_max : 256;
     set->pins_max = set->pins_max ? set->pins_max : 4096;
     set->pages_max =
-        set->pages_max && set->pages_max < SHM_PAGES_MAX ? set->pages_max : SHM_PAGES_MAX;
+        set->pages_max && set->pages_max < WIRE_PAGES_MAX ? set->pages_max : WIRE_PAGES_MAX;
     enum rk_status status = RK_ERR_NO_MEMORY;
     server->socket_path = rk_alloc_string(options->socket_path);
     if (!server->socket_path) {
@@ -611,13 +757,6 @@ enum rk_status rk_shm_server_start(const struct rk_shm_server_options *options,
 fail:
     rk_shm_server_stop(server);
     return status;
-}
-
-static void close_if_open(int fd)
-{
-    if (fd >= 0) {
-        close(fd);
-    }
 }
 
 void rk_shm_server_stop(struct rk_shm_server *server)

@@ -3,7 +3,7 @@
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/hash.h"
-#include "common/transport/shm_wire_internal.h"
+#include "common/transport/wire_internal.h"
 
 #include <fcntl.h>
 #include <pthread.h>
@@ -97,46 +97,109 @@ enum rk_path rk_transport_path(const struct rk_transport *transport)
     return transport->ops->path;
 }
 
-enum rk_status rk_transport_get(struct rk_transport *transport, const struct rk_get *get,
-                                struct rk_pages *ret_pages, struct rk_error *error)
+static bool get_sensible(const struct rk_get *get, uint64_t *pages)
 {
-    uint64_t num_pages = 0;
-    if (get->page_bytes == 0 || get->num_extents == 0 || get->num_extents > SHM_EXTENTS_MAX ||
-        !shm_extents_pages(get->extents, get->num_extents, SHM_PAGES_MAX, &num_pages) ||
-        num_pages > get->pages_max) {
-        return rk_error_set(error, RK_ERR_INVALID,
-                            "a get needs 1 to %u extents, none of them empty, with at most %llu "
-                            "pages",
-                            SHM_EXTENTS_MAX, (unsigned long long)get->pages_max);
+    uint64_t mine = 0;
+    if (get->page_bytes == 0) {
+        return get->num_extents == 0 && get->bytes_max > 0;
     }
-    if (rk_deadline_left_ms(get->deadline_ns) == 0) {
-        return RK_MISS_DEADLINE;
+    bool good = get->num_extents > 0 && get->num_extents <= WIRE_EXTENTS_MAX &&
+                wire_extents_pages(get->extents, get->num_extents, WIRE_PAGES_MAX - *pages, &mine);
+    *pages += mine;
+    return good;
+}
+
+static enum rk_status gets_check(const struct rk_get *gets, size_t num_gets, struct rk_error *error)
+{
+    uint64_t pages = 0;
+    uint64_t extents = 0;
+    if (num_gets == 0 || num_gets > RK_TRANSPORT_ITEMS_MAX) {
+        return rk_error_set(error, RK_ERR_INVALID, "a batch has 1 to %d items, not %zu",
+                            RK_TRANSPORT_ITEMS_MAX, num_gets);
     }
-    struct rk_pages pages = {
-        .num_pages = num_pages, .path = transport->ops->path, .bytes = num_pages * get->page_bytes};
-    pages.pages = rk_alloc_zero(num_pages, sizeof(*pages.pages));
-    if (!pages.pages) {
-        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for %llu pages",
-                            (unsigned long long)num_pages);
+    for (size_t i = 0; i < num_gets; i++) {
+        extents += gets[i].num_extents;
+        if (!get_sensible(&gets[i], &pages) || extents > WIRE_EXTENTS_MAX) {
+            return rk_error_set(error, RK_ERR_INVALID,
+                                "item %zu: a shard is read by 1 to %u extents, none of them "
+                                "empty, with at most %u pages in a batch; a value has none and "
+                                "a maximum of bytes",
+                                i, WIRE_EXTENTS_MAX, WIRE_PAGES_MAX);
+        }
     }
-    enum rk_status status =
-        transport->ops->get(transport->connection, get, num_pages, &pages, error);
-    if (status != RK_OK) {
-        rk_free(pages.pages);
-        return status;
-    }
-    *ret_pages = pages;
     return RK_OK;
 }
 
-void rk_transport_release(struct rk_transport *transport, struct rk_pages *pages)
+enum rk_status rk_transport_get(struct rk_transport *transport, const struct rk_get *gets,
+                                size_t num_gets, int64_t deadline_ns, struct rk_pages *ret_pages,
+                                struct rk_error *error)
 {
-    if (!pages->pages) {
-        return; /* Released before, or never filled. */
+    enum rk_status status = gets_check(gets, num_gets, error);
+    if (status != RK_OK) {
+        return status;
     }
-    transport->ops->release(transport->connection, pages);
-    rk_free(pages->pages);
-    *pages = (struct rk_pages){0};
+    if (rk_deadline_left_ms(deadline_ns) == 0) {
+        return RK_MISS_DEADLINE;
+    }
+    if (error) {
+        error->text[0] = '\0'; /* The first item that fails sets it. */
+    }
+    memset(ret_pages, 0, num_gets * sizeof(*ret_pages));
+    status =
+        transport->ops->get(transport->connection, gets, num_gets, deadline_ns, ret_pages, error);
+    if (status != RK_OK) {
+        rk_transport_release(transport, ret_pages, num_gets);
+        return status;
+    }
+    for (size_t i = 0; i < num_gets; i++) {
+        enum rk_status item = ret_pages[i].status;
+        if (item != RK_OK) { /* Also pages that came and did not match. */
+            rk_transport_release(transport, &ret_pages[i], 1);
+            ret_pages[i].status = item;
+        }
+    }
+    return RK_OK;
+}
+
+void rk_transport_release(struct rk_transport *transport, struct rk_pages *pages, size_t num_pages)
+{
+    transport->ops->release(transport->connection, pages, num_pages);
+    for (size_t i = 0; i < num_pages; i++) {
+        rk_free(pages[i].pages);
+        pages[i] = (struct rk_pages){0};
+    }
+}
+
+static bool put_sensible(const struct rk_put *put)
+{
+    return put->bytes > 0 && put->page_bytes > 0 &&
+           put->num_pages == (put->bytes + put->page_bytes - 1) / put->page_bytes;
+}
+
+enum rk_status rk_transport_put(struct rk_transport *transport, struct rk_put *puts,
+                                size_t num_puts, int64_t deadline_ns, struct rk_error *error)
+{
+    size_t heads_bytes = sizeof(uint32_t);
+    if (num_puts == 0 || num_puts > RK_TRANSPORT_ITEMS_MAX) {
+        return rk_error_set(error, RK_ERR_INVALID, "a batch has 1 to %d items, not %zu",
+                            RK_TRANSPORT_ITEMS_MAX, num_puts);
+    }
+    for (size_t i = 0; i < num_puts; i++) {
+        RK_ASSERT(put_sensible(&puts[i]));
+        heads_bytes += sizeof(uint32_t) + puts[i].head_bytes;
+        puts[i].status = RK_ERR_UNAVAILABLE;
+    }
+    if (heads_bytes > WIRE_HEADS_BYTES_MAX) {
+        return rk_error_set(error, RK_ERR_TOO_LONG, "what describes a batch has at most %u bytes",
+                            WIRE_HEADS_BYTES_MAX);
+    }
+    if (rk_deadline_left_ms(deadline_ns) == 0) {
+        return rk_error_set(error, RK_ERR_DEADLINE, "no time was left for a put");
+    }
+    if (error) {
+        error->text[0] = '\0';
+    }
+    return transport->ops->put(transport->connection, puts, num_puts, deadline_ns, error);
 }
 
 void rk_transport_destroy(struct rk_transport *transport)

@@ -1,15 +1,17 @@
 /*
- * transport: how pages move from a store node to a reader.
+ * transport: how pages move between a store node and its readers and writers.
  *
  * One interface, several paths, chosen at connect by distance:
  *   shm   same host: the store's arena (a sealed memfd, passed over a Unix
  *         socket) is mapped read-only; pages are read in place, pinned by a
  *         count that the store drops when the reader's connection dies.
- *   ucx   other hosts: the store pushes pages over UCX active messages.
- *   grpc  anyone: a stream into a buffer of the reader.
+ *   ucx   other hosts: UCX active messages, pushed by whoever has the bytes.
+ *   grpc  anyone: a stream.
  *
- * The only user of shared memory and of UCX. Checksums are carried, not verified: the
- * reader verifies where it uses the bytes (rk_page_verify).
+ * The only user of shared memory and of UCX. Pages carry the checksums that
+ * their writer made; a reader either verifies where it uses the bytes
+ * (rk_page_verify) or asks the transport to (rk_get.verify), which then looks
+ * at each page as it arrives, while the next are on their way.
  *
  * Client threads: a connection is used by one thread at a time.
  */
@@ -20,6 +22,8 @@
 #include "common/base/kv_layout.h"
 #include "common/base/status.h"
 
+#define RK_TRANSPORT_ITEMS_MAX 256 /* of one batch */
+
 /* Values are those of redknot.v1.Path and redknot.v1.Tier. */
 enum rk_path { RK_PATH_NONE = 0, RK_PATH_SHM = 1, RK_PATH_GRPC = 2, RK_PATH_UCX = 3 };
 enum rk_tier { RK_TIER_NONE = 0, RK_TIER_DRAM = 1, RK_TIER_HBM = 2, RK_TIER_NVME = 3 };
@@ -28,7 +32,7 @@ const char *rk_path_name(enum rk_path path); /* "shm", "grpc", ... */
 /* Boot id of this machine (32 hex digits and dashes), or "" where it cannot be read. */
 const char *rk_host_id(void);
 
-/* ---- Reader ---- */
+/* ---- Reader and writer ---- */
 
 struct rk_transport;
 
@@ -39,30 +43,50 @@ struct rk_transport_endpoint {
     const char *ucx_address;  /* host:port, "" when not served */
 };
 
+/* One item of a batch: pages of a shard, or a whole value. */
 struct rk_get {
-    struct rk_id segment_id;
-    struct rk_id fingerprint;
-    uint64_t generation;
+    struct rk_id id;          /* of the segment or the value */
+    struct rk_id fingerprint; /* shards */
+    uint64_t generation;      /* shards */
     uint32_t shard_index;
-    uint32_t page_bytes;             /* what the reader expects; another size is MISS_FINGERPRINT */
-    const struct rk_extent *extents; /* borrowed during the call */
+    /* Of a shard what the reader expects; another size is MISS_FINGERPRINT. 0: a value. */
+    uint32_t page_bytes;
+    const struct rk_extent *extents; /* of a shard, at least one; borrowed during the call */
     size_t num_extents;
-    uint64_t pages_max; /* sum over extents */
-    int64_t deadline_ns;
+    /* Where to: room for all pages, or for bytes_max of a value. NULL: pages stay where the path
+     * brings them, until they are released. */
+    void *buffer;
+    uint64_t bytes_max; /* of a value; a longer one is RK_ERR_TOO_LONG */
+    bool verify;        /* a page that does not match is RK_MISS_CHECKSUM */
 };
 
 struct rk_page {
-    const void *data;  /* page_bytes; read-only; borrowed until rk_transport_release */
+    const void *data;  /* page_bytes; read-only unless it lies in the reader's buffer */
     uint64_t checksum; /* XXH3-64 made by the writer */
 };
 
+/* What one item brought. */
 struct rk_pages {
-    struct rk_page *pages; /* in the order of the extents */
+    enum rk_status status; /* of the item: RK_OK, RK_MISS_*, RK_ERR_*; then nothing else is set */
+    struct rk_page *pages; /* in the order of the extents; the last one of a value is shorter */
     uint64_t num_pages;
-    enum rk_path path;
+    uint32_t page_bytes;
+    uint64_t bytes; /* of all pages */
     enum rk_tier tier;
-    uint64_t bytes;
     void *hold; /* of the transport */
+};
+
+/* One item to write. head says what it is, in the store's own words (redknot.v1.PutItem, packed);
+ * the transport does not look into it. */
+struct rk_put {
+    const void *head;
+    size_t head_bytes;
+    const void *const *pages;  /* [num_pages], each page_bytes, but for a shorter last one */
+    const uint64_t *checksums; /* [num_pages]; NULL: made on the way */
+    uint64_t num_pages;
+    uint32_t page_bytes;
+    uint64_t bytes;        /* of all pages */
+    enum rk_status status; /* out */
 };
 
 /* path RK_PATH_NONE: the nearest that works (shm, else ucx, else grpc). Else that one or an
@@ -72,11 +96,21 @@ RK_MUST_CHECK enum rk_status rk_transport_connect(const struct rk_transport_endp
                                                   struct rk_transport **ret_transport,
                                                   struct rk_error *error);
 enum rk_path rk_transport_path(const struct rk_transport *transport);
-/* A miss is a status RK_MISS_*; RK_ERR_UNAVAILABLE means: drop this connection. */
+/*
+ * RK_OK: the store answered; each item's status says what it said, and error has the text of the
+ * first that failed. Else no item has pages: RK_MISS_DEADLINE or RK_ERR_DEADLINE,
+ * RK_ERR_UNAVAILABLE (drop this connection), RK_ERR_INVALID, RK_ERR_NO_MEMORY.
+ * ret_pages: [num_gets], each to be released; it may be released after the connection failed.
+ */
 RK_MUST_CHECK enum rk_status rk_transport_get(struct rk_transport *transport,
-                                              const struct rk_get *get, struct rk_pages *ret_pages,
+                                              const struct rk_get *gets, size_t num_gets,
+                                              int64_t deadline_ns, struct rk_pages *ret_pages,
                                               struct rk_error *error);
-void rk_transport_release(struct rk_transport *transport, struct rk_pages *pages);
+void rk_transport_release(struct rk_transport *transport, struct rk_pages *pages, size_t num_pages);
+/* As get: RK_OK, and a status in each put. When it returns nothing reads the pages any more. */
+RK_MUST_CHECK enum rk_status rk_transport_put(struct rk_transport *transport, struct rk_put *puts,
+                                              size_t num_puts, int64_t deadline_ns,
+                                              struct rk_error *error);
 /* Outstanding pages must be released first. Accepts NULL. */
 void rk_transport_destroy(struct rk_transport *transport);
 
@@ -84,16 +118,61 @@ bool rk_page_verify(const struct rk_page *page, size_t page_bytes);
 
 /* ---- Store side ---- */
 
+struct rk_found {
+    void *pin;
+    uint64_t num_pages;
+    uint32_t page_bytes;
+    uint64_t bytes; /* of all pages: the last one may be shorter */
+    enum rk_tier tier;
+};
+
 /* What a store does for a path. Called on the path's own thread; must be safe beside the store's
  * other callers. */
 struct rk_transport_store_ops {
-    /* Pins the pages and gives their byte offsets in the arena and checksums,
-     * in the order of the extents. num_pages: in, room; out, written. */
+    /* Pins what an item asks for and gives its pages' byte offsets in the arena and checksums, in
+     * the order of the extents. RK_ERR_TOO_LONG: more than pages_max. */
     enum rk_status (*pin)(void *context, enum rk_path path, const struct rk_get *get,
-                          uint64_t *ret_offsets, uint64_t *ret_checksums, uint64_t *num_pages,
-                          void **ret_pin, struct rk_error *error);
+                          uint64_t pages_max, uint64_t *ret_offsets, uint64_t *ret_checksums,
+                          struct rk_found *ret_found, struct rk_error *error);
     void (*unpin)(void *context, void *pin);
+    /* Begins an item that is written. *ret_bytes, how many bytes of it follow, and
+     * *ret_page_bytes are also set with most errors, for they must be passed over; 0 when the
+     * head does not say. */
+    enum rk_status (*put_begin)(void *context, enum rk_path path, const void *head,
+                                size_t head_bytes, void **ret_put, uint64_t *ret_bytes,
+                                uint32_t *ret_page_bytes, struct rk_error *error);
+    /* The next bytes, and a checksum for each page that ends in them. */
+    enum rk_status (*put_write)(void *context, void *put, const void *data, size_t bytes,
+                                const uint64_t *checksums, size_t num_checksums,
+                                struct rk_error *error);
+    enum rk_status (*put_end)(void *context, void *put, struct rk_error *error); /* all is there */
+    void (*put_destroy)(void *context, void *put);
 };
+
+/*
+ * The items of one put as they come in, over any path: gives each its bytes, passes over those of
+ * items that failed, and remembers how each went. One thread at a time.
+ */
+struct rk_intake;
+
+RK_MUST_CHECK enum rk_status rk_intake_create(const struct rk_transport_store_ops *ops,
+                                              void *context, size_t items_max,
+                                              struct rk_intake **ret_intake);
+/* The next item, as put_begin left it. bytes 0, when its size is not known: the whole put fails
+ * with its status. */
+void rk_intake_add(struct rk_intake *intake, enum rk_status status, const char *text, void *put,
+                   uint64_t bytes, uint32_t page_bytes);
+/* RK_ERR_INVALID: more bytes than there are to come, or another number of checksums than of pages
+ * that end in them; then the put is over. */
+RK_MUST_CHECK enum rk_status rk_intake_write(struct rk_intake *intake, const void *data,
+                                             size_t bytes, const uint64_t *checksums,
+                                             size_t num_checksums);
+bool rk_intake_whole(const struct rk_intake *intake);
+void rk_intake_end(struct rk_intake *intake); /* once, when it is whole */
+size_t rk_intake_items(const struct rk_intake *intake);
+enum rk_status rk_intake_result(const struct rk_intake *intake, size_t item,
+                                const char **ret_text); /* borrowed */
+void rk_intake_destroy(struct rk_intake *intake);       /* accepts NULL; drops what did not end */
 
 struct rk_shm_server;
 
@@ -103,7 +182,7 @@ struct rk_shm_server_options {
     uint64_t arena_bytes;
     uint32_t connections_max; /* 0: 256 */
     uint32_t pins_max;        /* per connection, 0: 4,096 */
-    uint64_t pages_max;       /* per get, 0: 1 << 20 */
+    uint64_t pages_max;       /* per item, 0: 1 << 20 */
     const struct rk_transport_store_ops *ops;
     void *context;
 };
@@ -119,7 +198,7 @@ struct rk_ucx_server_options {
     const char *listen;       /* host:port, port 0: any; borrowed until stop */
     const void *arena;        /* borrowed until stop */
     uint32_t connections_max; /* 0: 256 */
-    uint32_t gets_max;        /* under way, per connection; 0: 64 */
+    uint32_t requests_max;    /* gets and puts under way, per connection; 0: 64 */
     const struct rk_transport_store_ops *ops;
     void *context;
 };

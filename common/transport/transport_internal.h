@@ -1,6 +1,6 @@
 /*
- * The table of read paths: a row per path. A path's own state begins where
- * its functions say; transport.c keeps what all share.
+ * The table of paths: a row per path. A path's own state begins where
+ * its functions say; transport.c checks what all share.
  */
 #ifndef RK_COMMON_TRANSPORT_TRANSPORT_INTERNAL_H
 #define RK_COMMON_TRANSPORT_TRANSPORT_INTERNAL_H
@@ -14,15 +14,55 @@ struct transport_ops {
     bool (*reachable)(const struct rk_transport_endpoint *endpoint);
     enum rk_status (*connect)(const struct rk_transport_endpoint *endpoint, int64_t deadline_ns,
                               void **ret_connection, struct rk_error *error);
-    /* num_pages: the sum over get's extents, checked. Pages' array is made by transport.c. */
-    enum rk_status (*get)(void *connection, const struct rk_get *get, uint64_t num_pages,
-                          struct rk_pages *pages, struct rk_error *error);
-    void (*release)(void *connection, struct rk_pages *pages);
+    /* Fills the zeroed pages; what it leaves there with an error is released by transport.c. */
+    enum rk_status (*get)(void *connection, const struct rk_get *gets, size_t num_gets,
+                          int64_t deadline_ns, struct rk_pages *pages, struct rk_error *error);
+    /* Of what has a hold; the pages' arrays are freed by transport.c. */
+    void (*release)(void *connection, struct rk_pages *pages, size_t num_pages);
+    enum rk_status (*put)(void *connection, struct rk_put *puts, size_t num_puts,
+                          int64_t deadline_ns, struct rk_error *error);
     void (*destroy)(void *connection);
 };
 
 extern const struct transport_ops transport_shm;
 extern const struct transport_ops transport_ucx;
 extern const struct transport_ops transport_grpc;
+
+/* ---- Bytes on their way into items' memory, in order (arrival.c) ---- */
+
+/*
+ * The bytes of all items that were found come back to back. Each item lies in its reader's buffer
+ * or in one of the transport's (arrival_buffer_give takes it back). Pages are verified as they
+ * become whole, if that was asked.
+ */
+struct arrival {
+    const struct rk_get *gets;
+    struct rk_pages *pages;
+    size_t num_items;
+    size_t item; /* whose bytes are next */
+    uint64_t item_done;
+    uint64_t verified; /* pages of this item */
+    uint64_t done;
+    uint64_t total; /* of all items that were found */
+};
+
+/* Of a path's own; kept between gets, for fresh memory must be cleared by the kernel first. */
+struct arrival_buffers {
+    struct arrival_buffer *spare;
+};
+
+/* Gives each found item its memory and its pages' places. RK_ERR_NO_MEMORY. */
+enum rk_status arrival_begin(struct arrival *arrival, struct arrival_buffers *buffers,
+                             const struct rk_get *gets, struct rk_pages *pages, size_t num_items,
+                             struct rk_error *error);
+/* False: more bytes than were announced. */
+bool arrival_take(struct arrival *arrival, const void *data, size_t bytes);
+/* Where the byte at offset of the stream belongs, if `bytes` from there lie in one item; else
+ * NULL. What is written there is not verified. */
+void *arrival_place(const struct arrival *arrival, uint64_t offset, size_t bytes);
+/* All items, at the end, for what did not come through arrival_take. */
+void arrival_verify_all(struct arrival *arrival);
+void arrival_release(struct arrival_buffers *buffers, struct rk_pages *pages, size_t num_pages);
+void arrival_buffers_destroy(struct arrival_buffers *buffers);
 
 #endif

@@ -1,6 +1,7 @@
 /*
- * The reader's end of the UCX path: the store pushes pages into a buffer of the
- * reader. Progress is made by the caller's thread, inside its own calls only.
+ * The client's end of the UCX path. What is read is pushed by the store into
+ * memory of the reader; what is put is pushed by us. Progress is made by the
+ * caller's thread, inside its own calls only.
  */
 #include "common/transport/transport_internal.h"
 #include "common/transport/ucx_internal.h"
@@ -10,28 +11,39 @@
 
 #include <string.h>
 
-#define BUFFER_ALIGNMENT 4096
-#define SPARE_BYTES_MAX                                                                            \
-    (64u << 20) /* a buffer kept for the next get: fresh memory costs faults                       \
-                 */
-#define KILL_MS 100
+#define KILL_MS         100
+#define PUT_FRAMES_MAX  4 /* under way */
+#define FRAME_PARTS_MAX UCX_PARTS_MAX
 
-/* The get under way. */
-struct arrival {
-    uint32_t request_id; /* 0: none, so that late frames are ignored */
-    uint8_t *buffer;
-    uint64_t page_bytes;
-    struct rk_pages *pages;
-    uint64_t pages_done;
-    uint32_t receiving; /* frames that UCX still writes into the buffer */
+/* The request under way. */
+struct request {
+    uint32_t id; /* 0: none, so that late frames are ignored */
     bool replied;
-    enum rk_status status;
-    struct rk_error error;
+    enum rk_status status; /* why it failed */
+    struct rk_error *error;
+    /* A get. */
+    const struct rk_get *gets;
+    struct rk_pages *pages;
+    size_t num_gets;
+    struct arrival arrival;
+    uint64_t placed;    /* bytes that UCX wrote where they belong */
+    uint32_t receiving; /* frames that UCX still writes into the reader's memory */
+    /* A put. */
+    struct rk_put *puts;
+    size_t num_puts;
 };
 
-struct buffer {
-    size_t bytes;
-    _Alignas(BUFFER_ALIGNMENT) uint8_t data[];
+/* A frame of a put that UCX reads. */
+struct put_frame {
+    struct ucx_client *client;
+    bool busy;
+    struct wire_frame frame;
+    struct iovec parts[FRAME_PARTS_MAX];
+    ucp_dt_iov_t iov[FRAME_PARTS_MAX];
+    struct __attribute__((packed)) {
+        struct ucx_data data;
+        uint64_t checksums[WIRE_FRAME_SUMS_MAX];
+    } header;
 };
 
 struct ucx_client {
@@ -40,12 +52,13 @@ struct ucx_client {
     bool greeted;
     bool broken;
     char why[96];
-    bool sending; /* UCX still reads the request */
-    uint8_t *request;
-    size_t request_room;
+    uint32_t sending; /* messages that UCX still reads */
+    struct ucx_request header;
+    struct wire_buffer body;
     uint32_t request_id;
-    struct arrival arrival;
-    struct buffer *spare;
+    struct request request;
+    struct arrival_buffers buffers;
+    struct put_frame *put_frames; /* [PUT_FRAMES_MAX]; NULL: nothing was put yet */
 };
 
 static bool ucx_reachable(const struct rk_transport_endpoint *endpoint)
@@ -85,112 +98,146 @@ static ucs_status_t on_hello(void *context, const void *header, size_t header_by
     return UCS_OK;
 }
 
-static void fail(struct arrival *arrival, enum rk_status status, const char *text)
+static void request_fail(struct request *request, enum rk_status status, const char *text)
 {
-    if (arrival->status == RK_OK) {
-        arrival->status = rk_error_set(&arrival->error, status, "%s", text);
+    if (request->status == RK_OK) {
+        request->status = rk_error_set(request->error, status, "%s", text);
     }
 }
 
-static ucs_status_t on_reply(void *context, const void *header, size_t header_bytes, void *data,
+/* The request that a reply is for, if it is still waited for. */
+static struct request *reply_take(struct ucx_client *client, const void *header,
+                                  size_t header_bytes, const ucp_am_recv_param_t *param)
+{
+    struct request *request = &client->request;
+    struct ucx_reply reply;
+    if (header_bytes != sizeof(reply)) {
+        return NULL;
+    }
+    memcpy(&reply, header, sizeof(reply));
+    if (reply.magic != UCX_MAGIC || request->id == 0 || reply.request_id != request->id ||
+        request->replied) {
+        return NULL; /* Of a request that was given up. */
+    }
+    request->replied = true;
+    if (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) {
+        request_fail(request, RK_ERR_UNAVAILABLE, "the store's reply is no reply");
+        return NULL;
+    }
+    return request;
+}
+
+static ucs_status_t on_found(void *context, const void *header, size_t header_bytes, void *data,
                              size_t bytes, const ucp_am_recv_param_t *param)
 {
     struct ucx_client *client = context;
-    struct arrival *arrival = &client->arrival;
-    struct ucx_reply reply;
-    if (header_bytes != sizeof(reply)) {
+    struct request *request = reply_take(client, header, header_bytes, param);
+    struct wire_reader reader = {data, bytes};
+    uint32_t count = 0;
+    if (!request) {
         return UCS_OK;
     }
-    memcpy(&reply, header, sizeof(reply));
-    if (reply.magic != UCX_MAGIC || arrival->request_id == 0 ||
-        reply.request_id != arrival->request_id || arrival->replied) {
-        return UCS_OK; /* Of a get that was given up. */
+    if (!request->gets || !wire_take(&reader, &count, sizeof(count)) ||
+        count != request->num_gets) {
+        request_fail(request, RK_ERR_UNAVAILABLE, "the store answers another question");
+        return UCS_OK;
     }
-    arrival->replied = true;
-    if (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) {
-        fail(arrival, RK_ERR_UNAVAILABLE, "the store's reply is no reply");
-    } else if (reply.failed) {
-        arrival->status = shm_failure_parse(data, bytes, &arrival->error);
-    } else if (reply.num_pages != arrival->pages->num_pages ||
-               bytes != reply.num_pages * sizeof(uint64_t)) {
-        fail(arrival, RK_ERR_UNAVAILABLE, "the store answers with another number of pages");
-    } else {
-        for (uint64_t i = 0; i < reply.num_pages; i++) {
-            struct rk_page *page = &arrival->pages->pages[i];
-            page->data = arrival->buffer + i * arrival->page_bytes;
-            memcpy(&page->checksum, (const uint8_t *)data + i * sizeof(uint64_t), sizeof(uint64_t));
-        }
+    enum rk_status status = RK_OK;
+    for (uint32_t i = 0; status == RK_OK && i < count; i++) {
+        uint64_t pin_id = 0;
+        const uint8_t *checksums = NULL;
+        status = wire_found_parse(&reader, false, &request->gets[i], &request->pages[i], &pin_id,
+                                  &checksums, request->error);
+    }
+    if (status == RK_OK) {
+        status = arrival_begin(&request->arrival, &client->buffers, request->gets, request->pages,
+                               count, request->error);
+    }
+    request->status = status;
+    return UCS_OK;
+}
+
+static ucs_status_t on_results(void *context, const void *header, size_t header_bytes, void *data,
+                               size_t bytes, const ucp_am_recv_param_t *param)
+{
+    struct request *request = reply_take(context, header, header_bytes, param);
+    if (request) {
+        request->status =
+            wire_results_parse(data, bytes, request->puts, request->num_puts, request->error);
     }
     return UCS_OK;
 }
 
-static void on_received(void *request, ucs_status_t status, size_t bytes, void *context)
+static void on_received(void *handle, ucs_status_t status, size_t bytes, void *context)
 {
     struct ucx_client *client = context;
-    (void)bytes;
-    client->arrival.receiving--;
+    client->request.receiving--;
+    client->request.placed += bytes;
     if (status != UCS_OK) {
         client_break(client, status);
     }
-    client->ucx.api->ucp_request_free(request);
+    client->ucx.api->ucp_request_free(handle);
 }
 
-static ucs_status_t on_pages(void *context, const void *header, size_t header_bytes, void *data,
-                             size_t bytes, const ucp_am_recv_param_t *param)
+/* Straight from the wire to where the bytes belong. */
+static ucs_status_t receive(struct ucx_client *client, void *data, void *place, size_t bytes)
 {
-    struct ucx_client *client = context;
-    struct arrival *arrival = &client->arrival;
-    struct ucx_pages frame;
-    if (header_bytes != sizeof(frame)) {
-        return UCS_OK;
-    }
-    memcpy(&frame, header, sizeof(frame));
-    if (frame.magic != UCX_MAGIC || arrival->request_id == 0 ||
-        frame.request_id != arrival->request_id || arrival->status != RK_OK) {
-        return UCS_OK;
-    }
-    uint64_t num_pages = arrival->pages->num_pages;
-    if (frame.page_begin > num_pages || frame.num_pages > num_pages - frame.page_begin ||
-        frame.num_pages > num_pages - arrival->pages_done ||
-        bytes != frame.num_pages * arrival->page_bytes) {
-        fail(arrival, RK_ERR_UNAVAILABLE, "the store sends pages that were not asked for");
-        return UCS_OK;
-    }
-    uint8_t *place = arrival->buffer + frame.page_begin * arrival->page_bytes;
-    arrival->pages_done += frame.num_pages;
-    if (!(param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV)) {
-        memcpy(place, data, bytes);
-        return UCS_OK;
-    }
-    ucp_request_param_t receive = {.op_attr_mask =
-                                       UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA |
-                                       UCP_OP_ATTR_FLAG_NO_IMM_CMPL | UCP_OP_ATTR_FIELD_MEMORY_TYPE,
-                                   .cb.recv_am = on_received,
-                                   .user_data = client,
-                                   .memory_type = UCS_MEMORY_TYPE_HOST};
-    arrival->receiving++;
-    ucs_status_ptr_t request =
-        client->ucx.api->ucp_am_recv_data_nbx(client->ucx.worker, data, place, bytes, &receive);
-    if (UCS_PTR_IS_ERR(request)) {
-        arrival->receiving--;
-        client_break(client, UCS_PTR_STATUS(request));
+    ucp_request_param_t params = {.op_attr_mask =
+                                      UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA |
+                                      UCP_OP_ATTR_FLAG_NO_IMM_CMPL | UCP_OP_ATTR_FIELD_MEMORY_TYPE,
+                                  .cb.recv_am = on_received,
+                                  .user_data = client,
+                                  .memory_type = UCS_MEMORY_TYPE_HOST};
+    client->request.receiving++;
+    ucs_status_ptr_t handle =
+        client->ucx.api->ucp_am_recv_data_nbx(client->ucx.worker, data, place, bytes, &params);
+    if (UCS_PTR_IS_ERR(handle)) {
+        client->request.receiving--;
+        client_break(client, UCS_PTR_STATUS(handle));
     }
     return UCS_INPROGRESS;
 }
 
-/* ---- Frames that leave ---- */
-
-static void on_sent(void *request, ucs_status_t status, void *context)
+static ucs_status_t on_data(void *context, const void *header, size_t header_bytes, void *data,
+                            size_t bytes, const ucp_am_recv_param_t *param)
 {
     struct ucx_client *client = context;
-    client->sending = false;
+    struct request *request = &client->request;
+    struct ucx_data frame;
+    if (header_bytes != sizeof(frame)) {
+        return UCS_OK;
+    }
+    memcpy(&frame, header, sizeof(frame));
+    if (frame.magic != UCX_MAGIC || request->id == 0 || frame.request_id != request->id ||
+        !request->gets || !request->replied || request->status != RK_OK) {
+        return UCS_OK;
+    }
+    if (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) {
+        void *place = arrival_place(&request->arrival, frame.offset, bytes);
+        if (place) {
+            return receive(client, data, place, bytes);
+        }
+        request_fail(request, RK_ERR_UNAVAILABLE, "the store sends what was not asked for");
+    } else if (frame.offset != request->arrival.done ||
+               !arrival_take(&request->arrival, data, bytes)) {
+        request_fail(request, RK_ERR_UNAVAILABLE, "the store sends what was not asked for");
+    }
+    return UCS_OK;
+}
+
+/* ---- Frames that leave ---- */
+
+static void on_sent(void *handle, ucs_status_t status, void *context)
+{
+    struct ucx_client *client = context;
+    client->sending--;
     if (status != UCS_OK) {
         client_break(client, status);
     }
-    client->ucx.api->ucp_request_free(request);
+    client->ucx.api->ucp_request_free(handle);
 }
 
-/* One at a time; header and data stay until it has left. */
+/* Header and data stay until it has left. */
 static void send_frame(struct ucx_client *client, unsigned id, const void *header,
                        size_t header_bytes, const void *data, size_t bytes)
 {
@@ -201,16 +248,21 @@ static void send_frame(struct ucx_client *client, unsigned id, const void *heade
                                   .cb.send = on_sent,
                                   .user_data = client,
                                   .memory_type = UCS_MEMORY_TYPE_HOST};
-    ucs_status_ptr_t request = client->ucx.api->ucp_am_send_nbx(client->endpoint, id, header,
-                                                                header_bytes, data, bytes, &params);
-    if (UCS_PTR_IS_ERR(request)) {
-        client_break(client, UCS_PTR_STATUS(request));
-    } else if (request) {
-        client->sending = true;
+    ucs_status_ptr_t handle = client->ucx.api->ucp_am_send_nbx(client->endpoint, id, header,
+                                                               header_bytes, data, bytes, &params);
+    if (UCS_PTR_IS_ERR(handle)) {
+        client_break(client, UCS_PTR_STATUS(handle));
+    } else if (handle) {
+        client->sending++;
     }
 }
 
 /* ---- Connection ---- */
+
+static bool outstanding(const struct ucx_client *client)
+{
+    return client->sending > 0 || client->request.receiving > 0;
+}
 
 /* Nothing of UCX touches our memory after this. */
 static void client_kill(struct ucx_client *client)
@@ -221,9 +273,13 @@ static void client_kill(struct ucx_client *client)
         ucx_endpoint_kill(&client->ucx, client->endpoint, deadline_ns);
         client->endpoint = NULL;
     }
-    while ((client->sending || client->arrival.receiving > 0) &&
-           rk_deadline_left_ms(deadline_ns) > 0) {
+    while (outstanding(client) && rk_deadline_left_ms(deadline_ns) > 0) {
         ucx_worker_wait(&client->ucx, -1, deadline_ns);
+    }
+    if (outstanding(client)) { /* It never calls back: without the worker it cannot write. */
+        ucx_worker_destroy(&client->ucx);
+        client->sending = 0;
+        client->request.receiving = 0;
     }
 }
 
@@ -234,8 +290,9 @@ static void ucx_client_destroy(void *connection)
         client_kill(client);
     }
     ucx_worker_destroy(&client->ucx);
-    rk_free(client->request);
-    rk_free(client->spare);
+    arrival_buffers_destroy(&client->buffers);
+    rk_free(client->body.data);
+    rk_free(client->put_frames);
     rk_free(client);
 }
 
@@ -250,7 +307,10 @@ static enum rk_status handlers_set(struct ucx_client *client, struct rk_error *e
     static const struct {
         unsigned id;
         ucp_am_recv_callback_t handler;
-    } handlers[] = {{UCX_HELLO, on_hello}, {UCX_REPLY, on_reply}, {UCX_PAGES, on_pages}};
+    } handlers[] = {{UCX_HELLO, on_hello},
+                    {UCX_FOUND, on_found},
+                    {UCX_DATA, on_data},
+                    {UCX_RESULTS, on_results}};
     enum rk_status status = RK_OK;
     for (size_t i = 0; status == RK_OK && i < sizeof(handlers) / sizeof(handlers[0]); i++) {
         status =
@@ -324,120 +384,191 @@ static enum rk_status ucx_connect(const struct rk_transport_endpoint *endpoint, 
     return RK_OK;
 }
 
-/* ---- Get ---- */
+/* ---- Requests ---- */
 
-static struct buffer *buffer_take(struct ucx_client *client, size_t bytes)
+/* False: the connection is of no use, or the last request has not even left. */
+static bool request_begin(struct ucx_client *client, struct rk_error *error, int64_t deadline_ns)
 {
-    struct buffer *buffer = client->spare;
-    client->spare = NULL;
-    if (buffer && buffer->bytes >= bytes) {
-        return buffer;
+    while (client->sending > 0 && !client->broken && rk_deadline_left_ms(deadline_ns) > 0) {
+        ucx_worker_wait(&client->ucx, -1, deadline_ns); /* The request of one given up. */
     }
-    rk_free(buffer);
-    buffer = rk_alloc_aligned(BUFFER_ALIGNMENT, sizeof(*buffer) + bytes);
-    if (buffer) {
-        buffer->bytes = bytes;
-    }
-    return buffer;
-}
-
-static void buffer_give(struct ucx_client *client, struct buffer *buffer)
-{
-    if (!client->spare && buffer->bytes <= SPARE_BYTES_MAX) {
-        client->spare = buffer;
-    } else {
-        rk_free(buffer);
-    }
-}
-
-static enum rk_status request_send(struct ucx_client *client, const struct rk_get *get,
-                                   struct rk_error *error)
-{
-    size_t extents_bytes = get->num_extents * sizeof(struct rk_extent);
-    size_t bytes = sizeof(struct ucx_get) + sizeof(struct shm_get) + extents_bytes;
-    if (client->request_room < bytes) {
-        uint8_t *more = rk_alloc_resize(client->request, bytes, 1);
-        if (!more) {
-            return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a request");
-        }
-        client->request = more;
-        client->request_room = bytes;
+    if (client->broken || client->sending > 0) {
+        return false;
     }
     client->request_id = client->request_id == UINT32_MAX ? 1 : client->request_id + 1;
-    struct ucx_get header = {UCX_MAGIC, client->request_id,
-                             (uint32_t)rk_deadline_left_ms(get->deadline_ns)};
-    uint8_t *body = client->request + sizeof(header);
-    memcpy(client->request, &header, sizeof(header));
-    struct shm_get asked;
-    shm_get_fill(get, &asked);
-    memcpy(body, &asked, sizeof(asked));
-    memcpy(body + sizeof(asked), get->extents, extents_bytes);
-    client->arrival.request_id = client->request_id;
-    send_frame(client, UCX_GET, client->request, sizeof(header), body, bytes - sizeof(header));
+    client->request = (struct request){.id = client->request_id, .error = error};
+    client->header = (struct ucx_request){UCX_MAGIC, client->request_id,
+                                          (uint32_t)rk_deadline_left_ms(deadline_ns)};
+    client->body.bytes = 0;
+    client->body.failed = false;
+    return true;
+}
+
+static enum rk_status request_send(struct ucx_client *client, unsigned id, struct rk_error *error)
+{
+    if (client->body.failed) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a request");
+    }
+    send_frame(client, id, &client->header, sizeof(client->header), client->body.data,
+               client->body.bytes);
     return RK_OK;
 }
 
-static bool arrived(const struct arrival *arrival)
+/* Why a request that did not end ended. */
+static enum rk_status request_lost(struct ucx_client *client, struct rk_error *error)
 {
-    return arrival->receiving == 0 &&
-           (arrival->status != RK_OK ||
-            (arrival->replied && arrival->pages_done == arrival->pages->num_pages));
+    return client->broken ? lost(client, error) : RK_MISS_DEADLINE;
 }
 
-static enum rk_status ucx_get(void *connection, const struct rk_get *get, uint64_t num_pages,
-                              struct rk_pages *pages, struct rk_error *error)
+/* ---- Get ---- */
+
+static bool get_done(const struct request *request)
+{
+    return request->receiving == 0 &&
+           (request->status != RK_OK ||
+            (request->replied &&
+             request->arrival.done + request->placed >= request->arrival.total));
+}
+
+static enum rk_status ucx_get(void *connection, const struct rk_get *gets, size_t num_gets,
+                              int64_t deadline_ns, struct rk_pages *pages, struct rk_error *error)
 {
     struct ucx_client *client = connection;
-    struct arrival *arrival = &client->arrival;
-    while (client->sending && !client->broken && rk_deadline_left_ms(get->deadline_ns) > 0) {
-        ucx_worker_wait(&client->ucx, -1, get->deadline_ns); /* The request of a get given up. */
-    }
-    if (client->broken || client->sending) {
+    struct request *request = &client->request;
+    if (!request_begin(client, error, deadline_ns)) {
         return lost(client, error);
     }
-    struct buffer *buffer = buffer_take(client, num_pages * get->page_bytes);
-    if (!buffer) {
-        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for %llu pages",
-                            (unsigned long long)num_pages);
+    request->gets = gets;
+    request->num_gets = num_gets;
+    request->pages = pages;
+    wire_gets_append(&client->body, gets, num_gets);
+    enum rk_status status = request_send(client, UCX_GET, error);
+    while (status == RK_OK && !get_done(request) && !client->broken &&
+           rk_deadline_left_ms(deadline_ns) > 0) {
+        ucx_worker_wait(&client->ucx, -1, deadline_ns);
     }
-    *arrival =
-        (struct arrival){.buffer = buffer->data, .page_bytes = get->page_bytes, .pages = pages};
-    enum rk_status status = request_send(client, get, error);
-    while (status == RK_OK && !arrived(arrival) && !client->broken &&
-           rk_deadline_left_ms(get->deadline_ns) > 0) {
-        ucx_worker_wait(&client->ucx, -1, get->deadline_ns);
+    request->id = 0;
+    if (status == RK_OK && get_done(request)) {
+        if (request->placed > 0) {
+            arrival_verify_all(&request->arrival);
+        }
+        return request->status;
     }
-    bool done = status == RK_OK && arrived(arrival);
-    arrival->request_id = 0;
-    if (done && arrival->status == RK_OK) {
-        pages->hold = buffer;
-        pages->tier = RK_TIER_DRAM;
-        return RK_OK;
+    if (status == RK_OK) {
+        status = request_lost(client, error);
     }
-    bool late = !done && !client->broken;
-    if (!done && arrival->receiving > 0) {
-        client_kill(client); /* UCX must not write into what is freed. */
+    if (request->receiving > 0) {
+        client_kill(client); /* UCX must not write into what is another's by then. */
+        status = rk_error_set(error, RK_ERR_DEADLINE, "the store stopped in a frame");
     }
-    if (arrival->receiving == 0) {
-        buffer_give(client, buffer);
-    } /* Else it stays UCX's: leaked, rather than written to when it is another's. */
-    if (status != RK_OK) {
-        return status;
-    }
-    if (done) {
-        return rk_error_set(error, arrival->status, "%s", arrival->error.text);
-    }
-    if (!late) {
-        return lost(client, error);
-    }
-    /* Half of a frame may be on its way: such a connection is of no further use. */
-    return client->broken ? rk_error_set(error, RK_ERR_DEADLINE, "the store stopped in a frame")
-                          : RK_MISS_DEADLINE;
+    return status;
 }
 
-static void ucx_release(void *connection, struct rk_pages *pages)
+static void ucx_release(void *connection, struct rk_pages *pages, size_t num_pages)
 {
-    buffer_give(connection, pages->hold);
+    struct ucx_client *client = connection;
+    arrival_release(&client->buffers, pages, num_pages);
+}
+
+/* ---- Put ---- */
+
+static void on_frame_sent(void *handle, ucs_status_t status, void *context)
+{
+    struct put_frame *frame = context;
+    frame->busy = false;
+    on_sent(handle, status, frame->client);
+}
+
+static void put_frame_send(struct ucx_client *client, struct put_frame *frame, uint64_t offset)
+{
+    const struct wire_frame *out = &frame->frame;
+    ucp_request_param_t params = {.op_attr_mask =
+                                      UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA |
+                                      UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_MEMORY_TYPE,
+                                  .flags = UCP_AM_SEND_FLAG_REPLY | UCP_AM_SEND_FLAG_EAGER,
+                                  .cb.send = on_frame_sent,
+                                  .user_data = frame,
+                                  .memory_type = UCS_MEMORY_TYPE_HOST};
+    frame->client = client;
+    frame->header.data =
+        (struct ucx_data){UCX_MAGIC, client->request.id, offset, out->num_checksums};
+    memcpy(frame->header.checksums, out->checksums, out->num_checksums * sizeof(uint64_t));
+    size_t header_bytes = sizeof(frame->header.data) + out->num_checksums * sizeof(uint64_t);
+    const void *data = frame->parts[0].iov_base;
+    size_t bytes = out->bytes;
+    if (out->num_parts > 1) {
+        for (size_t i = 0; i < out->num_parts; i++) {
+            frame->iov[i] = (ucp_dt_iov_t){frame->parts[i].iov_base, frame->parts[i].iov_len};
+        }
+        params.op_attr_mask |= UCP_OP_ATTR_FIELD_DATATYPE;
+        params.datatype = ucp_dt_make_iov();
+        data = frame->iov;
+        bytes = out->num_parts;
+    }
+    ucs_status_ptr_t handle = client->ucx.api->ucp_am_send_nbx(
+        client->endpoint, UCX_PUT_DATA, &frame->header, header_bytes, data, bytes, &params);
+    if (UCS_PTR_IS_ERR(handle)) {
+        client_break(client, UCS_PTR_STATUS(handle));
+    } else if (handle) {
+        frame->busy = true;
+        client->sending++;
+    }
+}
+
+/* Sends what frames there are room for. False: all is out. */
+static bool put_push(struct ucx_client *client, struct wire_outflow *outflow)
+{
+    for (size_t i = 0; i < PUT_FRAMES_MAX; i++) {
+        struct put_frame *frame = &client->put_frames[i];
+        while (!frame->busy && !client->broken) {
+            uint64_t offset = outflow->offset;
+            frame->frame.parts = frame->parts;
+            frame->frame.parts_max = FRAME_PARTS_MAX;
+            if (!wire_outflow_next(outflow, UCX_FRAME_BYTES, &frame->frame)) {
+                return false;
+            }
+            put_frame_send(client, frame, offset);
+        }
+    }
+    return true;
+}
+
+static enum rk_status ucx_put(void *connection, struct rk_put *puts, size_t num_puts,
+                              int64_t deadline_ns, struct rk_error *error)
+{
+    struct ucx_client *client = connection;
+    struct request *request = &client->request;
+    struct wire_outflow outflow = {.puts = puts, .num_puts = num_puts};
+    if (!client->put_frames) {
+        client->put_frames = rk_alloc_zero(PUT_FRAMES_MAX, sizeof(*client->put_frames));
+    }
+    if (!client->put_frames) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a put");
+    }
+    if (!request_begin(client, error, deadline_ns)) {
+        return lost(client, error);
+    }
+    request->puts = puts;
+    request->num_puts = num_puts;
+    wire_heads_append(&client->body, puts, num_puts);
+    enum rk_status status = request_send(client, UCX_PUT, error);
+    bool more = status == RK_OK;
+    while (status == RK_OK && !client->broken && rk_deadline_left_ms(deadline_ns) > 0 &&
+           !(request->replied && client->sending == 0)) {
+        more = more && !request->replied && put_push(client, &outflow);
+        ucx_worker_wait(&client->ucx, -1, deadline_ns);
+    }
+    request->id = 0;
+    if (status == RK_OK && request->replied && client->sending == 0) {
+        return request->status;
+    }
+    if (status == RK_OK) {
+        status = request_lost(client, error);
+    }
+    client_kill(client); /* It is in the middle of a put, and may still read the pages. */
+    return status == RK_MISS_DEADLINE
+               ? rk_error_set(error, RK_ERR_DEADLINE, "the store did not take a put in time")
+               : status;
 }
 
 const struct transport_ops transport_ucx = {
@@ -447,5 +578,6 @@ const struct transport_ops transport_ucx = {
     .connect = ucx_connect,
     .get = ucx_get,
     .release = ucx_release,
+    .put = ucx_put,
     .destroy = ucx_client_destroy,
 };

@@ -12,21 +12,30 @@
  * calls check nothing (a wild address crashes the target), so pages move in
  * active messages that the receiver validates.
  *
- * Frames: UCX_HELLO both ways; UCX_GET with a body as in shm_wire's GET; then
- * UCX_REPLY with the checksums (or "STATUS text"), and UCX_PAGES as often as
- * needed, in any order. Every frame names its request.
+ * Frames: UCX_HELLO both ways. UCX_GET with the items asked for is answered by
+ * UCX_FOUND, then UCX_DATA as often as needed: the bytes of all that was found,
+ * back to back. UCX_PUT with the heads is followed by UCX_PUT_DATA in the same
+ * way, without waiting, and answered by UCX_RESULTS. Bodies are those of
+ * wire_internal.h. Every frame names its request, data frames their place in
+ * its stream of bytes.
+ *
+ * A data frame fits one of UCX's receive buffers, so that its handler has the
+ * bytes in the cache, straight from the socket, and copies them only once.
  */
 #ifndef RK_COMMON_TRANSPORT_UCX_INTERNAL_H
 #define RK_COMMON_TRANSPORT_UCX_INTERNAL_H
 
-#include "common/transport/shm_wire_internal.h"
+#include "common/transport/wire_internal.h"
 
 #include <sys/socket.h>
 #include <ucp/api/ucp.h>
 
 #define UCX_MAGIC       0x58444e52u /* "RNDX" */
-#define UCX_VERSION     1
-#define UCX_CHUNK_BYTES (1u << 20) /* of pages in one frame, or one page */
+#define UCX_VERSION     2
+#define UCX_SEGMENT     "132k"       /* UCX's buffers, at both ends */
+#define UCX_FRAME_BYTES (128u << 10) /* of data in one frame */
+#define UCX_PARTS_MAX   64u          /* runs of bytes in one frame */
+#define UCX_IOV_MAX     "72"         /* what UCX hands to the socket at once: parts and headers */
 
 /* X(name): the functions of libucp and libucs that are used. */
 #define UCX_FUNCTIONS(X)                                                                           \
@@ -91,31 +100,40 @@ void ucx_worker_wait(struct ucx_worker *worker, int wake_fd, int64_t deadline_ns
  * for the end, at most until the deadline. */
 void ucx_endpoint_kill(struct ucx_worker *worker, ucp_ep_h endpoint, int64_t deadline_ns);
 
-enum ucx_frame_id { UCX_HELLO = 1, UCX_GET = 2, UCX_REPLY = 3, UCX_PAGES = 4 };
+enum ucx_frame_id {
+    UCX_HELLO = 1,
+    UCX_GET = 2,
+    UCX_FOUND = 3,
+    UCX_DATA = 4,
+    UCX_PUT = 5,
+    UCX_PUT_DATA = 6,
+    UCX_RESULTS = 7,
+};
 
 struct __attribute__((packed)) ucx_hello {
     uint32_t magic;
     uint32_t version;
 };
 
-struct __attribute__((packed)) ucx_get {
+/* Of GET and PUT. */
+struct __attribute__((packed)) ucx_request {
     uint32_t magic;
     uint32_t request_id;
-    uint32_t timeout_ms; /* the reader gives up after it */
+    uint32_t timeout_ms; /* who asks gives up after it */
 };
 
+/* Of FOUND and RESULTS. */
 struct __attribute__((packed)) ucx_reply {
     uint32_t magic;
     uint32_t request_id;
-    uint32_t failed; /* 0: the payload has a checksum (u64) for each page */
-    uint32_t num_pages;
 };
 
-struct __attribute__((packed)) ucx_pages {
+/* Of DATA and PUT_DATA; with the latter so many checksums (u64) follow. */
+struct __attribute__((packed)) ucx_data {
     uint32_t magic;
     uint32_t request_id;
-    uint32_t page_begin;
-    uint32_t num_pages;
+    uint64_t offset;
+    uint32_t num_checksums;
 };
 
 #endif

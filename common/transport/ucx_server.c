@@ -1,10 +1,12 @@
 /*
- * The store's end of the UCX path: one thread that accepts readers, checks what
- * they ask for, pins it and pushes the pages from the arena.
+ * The store's end of the UCX path: one thread that accepts peers, checks what
+ * they ask for, pins it and pushes the pages from the arena, and takes what
+ * they put.
  *
  * A get ends with its last frame, with its reader's connection, or with its
  * deadline: then nothing more is pushed, and a reader that does not even take
- * what is under way is cut off, and its pins go with it.
+ * what is under way is cut off, and its pins go with it. A put ends with its
+ * results, its connection or its deadline, and then leaves nothing.
  */
 #include "common/transport/ucx_internal.h"
 
@@ -21,8 +23,7 @@
 #include <unistd.h>
 
 #define FRAMES_MAX     4     /* of one get under way */
-#define IOV_MAX_PAGES  64    /* runs of pages in one frame */
-#define TIMEOUT_MS_MAX 60000 /* whatever a reader says */
+#define TIMEOUT_MS_MAX 60000 /* whatever a peer says */
 #define DRAIN_MS       500   /* what is under way at a get's deadline has so long to leave */
 #define SWEEP_MS       100   /* deadlines are looked at so often */
 #define STOP_MS        1000
@@ -33,8 +34,8 @@ struct get;
 struct frame {
     struct get *get;
     bool busy;
-    struct ucx_pages header;
-    ucp_dt_iov_t iov[IOV_MAX_PAGES];
+    struct ucx_data header;
+    ucp_dt_iov_t iov[UCX_PARTS_MAX];
 };
 
 struct connection {
@@ -42,34 +43,51 @@ struct connection {
     ucp_ep_h endpoint; /* NULL: closed */
     bool greeted;
     bool dead; /* to be closed by the loop */
-    uint32_t num_gets;
+    uint32_t num_requests;
     struct connection *next;
+};
+
+/* Bytes that lie side by side in the arena. */
+struct run {
+    uint64_t offset;
+    uint64_t bytes;
 };
 
 struct get {
     struct connection *connection;
-    void *pin;
-    uint64_t *offsets;
-    uint64_t *checksums;
-    uint64_t num_pages;
-    uint64_t next_page;
-    uint32_t page_bytes;
-    uint32_t in_flight; /* the reply and frames */
-    bool failed;        /* nothing more is sent */
+    uint32_t request_id;
+    void *pins[RK_TRANSPORT_ITEMS_MAX];
+    size_t num_pins;
+    struct run *runs;
+    size_t num_runs;
+    size_t runs_room;
+    size_t run; /* the next bytes: of this run, */
+    uint64_t run_done;
+    uint64_t offset; /* of all of them */
+    uint32_t in_flight;
+    bool failed; /* nothing more is sent */
     int64_t deadline_ns;
-    struct ucx_reply reply;
     struct frame frames[FRAMES_MAX];
     struct get *next;
 };
 
-/* A short answer: hello, or why a get failed. */
+struct put {
+    struct connection *connection;
+    uint32_t request_id;
+    struct rk_intake *intake;
+    uint64_t offset;
+    int64_t deadline_ns;
+    struct put *next;
+};
+
+/* A short answer: hello, what was found, how a put went. */
 struct answer {
     struct rk_ucx_server *server;
     union {
         struct ucx_hello hello;
         struct ucx_reply reply;
     } header;
-    char text[SHM_ERROR_TEXT_MAX];
+    struct wire_buffer body;
 };
 
 struct rk_ucx_server {
@@ -84,8 +102,13 @@ struct rk_ucx_server {
     struct connection *connections;
     uint32_t num_connections;
     struct get *gets;
+    struct put *puts;
     uint32_t answers; /* under way */
+    /* Of the request that is read. */
     struct rk_extent *extents;
+    struct rk_get asked[RK_TRANSPORT_ITEMS_MAX];
+    uint64_t *offsets;
+    uint64_t *checksums;
 };
 
 /* ---- Connections ---- */
@@ -145,19 +168,25 @@ static struct connection *connection_find(const struct rk_ucx_server *server,
 
 /* ---- Answers ---- */
 
+static void answer_free(struct answer *answer)
+{
+    rk_free(answer->body.data);
+    rk_free(answer);
+}
+
 static void on_answered(void *request, ucs_status_t status, void *context)
 {
     struct answer *answer = context;
     const struct ucx_api *api = answer->server->ucx.api;
     (void)status; /* The connection's error handler hears of it. */
     answer->server->answers--;
-    rk_free(answer);
+    answer_free(answer);
     api->ucp_request_free(request);
 }
 
 /* Takes over the answer. */
 static void answer_send(struct connection *connection, unsigned id, struct answer *answer,
-                        size_t header_bytes, size_t text_bytes)
+                        size_t header_bytes)
 {
     struct rk_ucx_server *server = connection->server;
     ucp_request_param_t params = {.op_attr_mask =
@@ -167,29 +196,56 @@ static void answer_send(struct connection *connection, unsigned id, struct answe
                                   .cb.send = on_answered,
                                   .user_data = answer,
                                   .memory_type = UCS_MEMORY_TYPE_HOST};
+    if (answer->body.failed) {
+        connection->dead = true;
+        answer_free(answer);
+        return;
+    }
     answer->server = server;
     server->answers++;
-    ucs_status_ptr_t request = server->ucx.api->ucp_am_send_nbx(
-        connection->endpoint, id, &answer->header, header_bytes, answer->text, text_bytes, &params);
+    ucs_status_ptr_t request =
+        server->ucx.api->ucp_am_send_nbx(connection->endpoint, id, &answer->header, header_bytes,
+                                         answer->body.data, answer->body.bytes, &params);
     if (!UCS_PTR_IS_PTR(request)) {
         connection->dead = connection->dead || UCS_PTR_IS_ERR(request);
         server->answers--;
-        rk_free(answer);
+        answer_free(answer);
     }
 }
 
-static void refuse(struct connection *connection, uint32_t request_id, enum rk_status status,
-                   const char *text)
+static struct answer *reply_make(struct connection *connection, uint32_t request_id)
 {
     struct answer *answer = rk_alloc_zero(1, sizeof(*answer));
     if (!answer) {
         connection->dead = true;
+        return NULL;
+    }
+    answer->header.reply = (struct ucx_reply){UCX_MAGIC, request_id};
+    return answer;
+}
+
+static void reply_send(struct connection *connection, unsigned id, struct answer *answer)
+{
+    answer_send(connection, id, answer, sizeof(answer->header.reply));
+}
+
+/* The same for each item that a request is about. */
+static void refuse(struct connection *connection, unsigned id, uint32_t request_id, uint32_t count,
+                   enum rk_status status, const char *text)
+{
+    struct answer *answer = reply_make(connection, request_id);
+    if (!answer) {
         return;
     }
-    answer->header.reply =
-        (struct ucx_reply){.magic = UCX_MAGIC, .request_id = request_id, .failed = 1};
-    answer_send(connection, UCX_REPLY, answer, sizeof(answer->header.reply),
-                shm_failure_format(status, text, answer->text));
+    wire_append_count(&answer->body, count);
+    for (uint32_t i = 0; i < count; i++) {
+        if (id == UCX_FOUND) {
+            wire_failure_append(&answer->body, status, text);
+        } else {
+            wire_result_append(&answer->body, status, text);
+        }
+    }
+    reply_send(connection, id, answer);
 }
 
 /* Whoever speaks otherwise than we do is cut off, with one line. */
@@ -221,8 +277,36 @@ static ucs_status_t on_hello(void *context, const void *header, size_t header_by
     }
     connection->greeted = true;
     answer->header.hello = (struct ucx_hello){UCX_MAGIC, UCX_VERSION};
-    answer_send(connection, UCX_HELLO, answer, sizeof(answer->header.hello), 0);
+    answer_send(connection, UCX_HELLO, answer, sizeof(answer->header.hello));
     return UCS_OK;
+}
+
+/* The header of a request and whose it is; NULL: not to be answered. */
+static struct connection *request_read(struct rk_ucx_server *server, const void *header,
+                                       size_t header_bytes, const ucp_am_recv_param_t *param,
+                                       struct ucx_request *ret_request)
+{
+    struct connection *connection = connection_find(server, param);
+    if (!connection) {
+        return NULL;
+    }
+    if (!connection->greeted || header_bytes != sizeof(*ret_request) ||
+        (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV)) {
+        protocol_error(connection, "a request that is none");
+        return NULL;
+    }
+    memcpy(ret_request, header, sizeof(*ret_request));
+    if (ret_request->magic != UCX_MAGIC || ret_request->request_id == 0) {
+        protocol_error(connection, "a request that is none");
+        return NULL;
+    }
+    return connection;
+}
+
+static int64_t request_deadline(const struct ucx_request *request)
+{
+    return rk_deadline_in_ms(request->timeout_ms < TIMEOUT_MS_MAX ? request->timeout_ms
+                                                                  : TIMEOUT_MS_MAX);
 }
 
 /* ---- Gets ---- */
@@ -230,11 +314,10 @@ static ucs_status_t on_hello(void *context, const void *header, size_t header_by
 static void get_free(struct get *get)
 {
     struct rk_ucx_server *server = get->connection->server;
-    if (get->pin) {
-        server->options.ops->unpin(server->options.context, get->pin);
+    for (size_t i = 0; i < get->num_pins; i++) {
+        server->options.ops->unpin(server->options.context, get->pins[i]);
     }
-    rk_free(get->offsets);
-    rk_free(get->checksums);
+    rk_free(get->runs);
     rk_free(get);
 }
 
@@ -247,13 +330,6 @@ static void sent(struct get *get, ucs_status_t status)
     }
 }
 
-static void on_reply_sent(void *request, ucs_status_t status, void *context)
-{
-    struct get *get = context;
-    get->connection->server->ucx.api->ucp_request_free(request);
-    sent(get, status);
-}
-
 static void on_frame_sent(void *request, ucs_status_t status, void *context)
 {
     struct frame *frame = context;
@@ -262,89 +338,59 @@ static void on_frame_sent(void *request, ucs_status_t status, void *context)
     sent(frame->get, status);
 }
 
-/* True: UCX calls back. */
-static bool send_started(struct get *get, ucs_status_ptr_t request)
-{
-    if (UCS_PTR_IS_ERR(request)) {
-        sent(get, UCS_PTR_STATUS(request));
-        return false;
-    }
-    if (!request) {
-        sent(get, UCS_OK);
-        return false;
-    }
-    return true;
-}
-
-static void reply_send(struct get *get, uint32_t request_id)
-{
-    ucp_request_param_t params = {.op_attr_mask =
-                                      UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA |
-                                      UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_MEMORY_TYPE,
-                                  .flags = UCP_AM_SEND_FLAG_EAGER,
-                                  .cb.send = on_reply_sent,
-                                  .user_data = get,
-                                  .memory_type = UCS_MEMORY_TYPE_HOST};
-    get->reply = (struct ucx_reply){
-        .magic = UCX_MAGIC, .request_id = request_id, .num_pages = (uint32_t)get->num_pages};
-    get->in_flight++;
-    (void)send_started(get,
-                       get->connection->server->ucx.api->ucp_am_send_nbx(
-                           get->connection->endpoint, UCX_REPLY, &get->reply, sizeof(get->reply),
-                           get->checksums, get->num_pages * sizeof(uint64_t), &params));
-}
-
-/* Fills a frame with the next pages: runs that lie side by side are one entry. Returns the
- * entries. */
-static size_t frame_fill(struct get *get, struct frame *frame)
+/* The next bytes into the frame. Returns the parts. */
+static size_t frame_fill(struct get *get, struct frame *frame, size_t *ret_bytes)
 {
     const uint8_t *arena = get->connection->server->options.arena;
-    uint64_t pages_max = UCX_CHUNK_BYTES / get->page_bytes;
     size_t count = 0;
-    pages_max = pages_max > 0 ? pages_max : 1;
-    frame->header = (struct ucx_pages){.magic = UCX_MAGIC,
-                                       .request_id = get->reply.request_id,
-                                       .page_begin = (uint32_t)get->next_page};
-    while (get->next_page < get->num_pages && frame->header.num_pages < pages_max) {
+    size_t bytes = 0;
+    frame->header =
+        (struct ucx_data){.magic = UCX_MAGIC, .request_id = get->request_id, .offset = get->offset};
+    while (get->run < get->num_runs && bytes < UCX_FRAME_BYTES && count < UCX_PARTS_MAX) {
+        const struct run *run = &get->runs[get->run];
+        uint64_t left = run->bytes - get->run_done;
+        size_t room = UCX_FRAME_BYTES - bytes;
+        size_t take = left < room ? (size_t)left : room;
         /* UCX only reads what it sends. */
-        uint8_t *page = (uint8_t *)(uintptr_t)(arena + get->offsets[get->next_page]);
-        ucp_dt_iov_t *last = count > 0 ? &frame->iov[count - 1] : NULL;
-        if (last && (uint8_t *)last->buffer + last->length == page) {
-            last->length += get->page_bytes;
-        } else if (count == IOV_MAX_PAGES) {
-            break;
-        } else {
-            frame->iov[count++] = (ucp_dt_iov_t){.buffer = page, .length = get->page_bytes};
+        uint8_t *from = (uint8_t *)(uintptr_t)(arena + run->offset + get->run_done);
+        frame->iov[count++] = (ucp_dt_iov_t){.buffer = from, .length = take};
+        bytes += take;
+        get->run_done += take;
+        if (get->run_done == run->bytes) {
+            get->run++;
+            get->run_done = 0;
         }
-        get->next_page++;
-        frame->header.num_pages++;
     }
+    get->offset += bytes;
+    *ret_bytes = bytes;
     return count;
 }
 
 static void frame_send(struct get *get, struct frame *frame)
 {
-    size_t count = frame_fill(get, frame);
-    ucp_request_param_t params = {.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK |
-                                                  UCP_OP_ATTR_FIELD_USER_DATA |
-                                                  UCP_OP_ATTR_FIELD_MEMORY_TYPE,
+    size_t bytes = 0;
+    size_t count = frame_fill(get, frame, &bytes);
+    ucp_request_param_t params = {.op_attr_mask =
+                                      UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA |
+                                      UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_MEMORY_TYPE,
+                                  .flags = UCP_AM_SEND_FLAG_EAGER,
                                   .cb.send = on_frame_sent,
                                   .user_data = frame,
                                   .memory_type = UCS_MEMORY_TYPE_HOST};
     const void *data = frame->iov[0].buffer;
-    size_t bytes = frame->iov[0].length;
     if (count > 1) {
         params.op_attr_mask |= UCP_OP_ATTR_FIELD_DATATYPE;
         params.datatype = ucp_dt_make_iov();
         data = frame->iov;
         bytes = count;
     }
-    frame->busy = true;
     get->in_flight++;
-    if (!send_started(get, get->connection->server->ucx.api->ucp_am_send_nbx(
-                               get->connection->endpoint, UCX_PAGES, &frame->header,
-                               sizeof(frame->header), data, bytes, &params))) {
-        frame->busy = false;
+    ucs_status_ptr_t request = get->connection->server->ucx.api->ucp_am_send_nbx(
+        get->connection->endpoint, UCX_DATA, &frame->header, sizeof(frame->header), data, bytes,
+        &params);
+    frame->busy = UCS_PTR_IS_PTR(request);
+    if (!frame->busy) {
+        sent(get, UCS_PTR_STATUS(request));
     }
 }
 
@@ -352,86 +398,255 @@ static void get_push(struct get *get)
 {
     for (size_t i = 0; i < FRAMES_MAX; i++) {
         struct frame *frame = &get->frames[i];
-        while (!frame->busy && !get->failed && get->next_page < get->num_pages) {
+        while (!frame->busy && !get->failed && get->run < get->num_runs) {
             frame_send(get, frame);
         }
     }
 }
 
-/* Pins what is asked for. The caller frees the get when it fails. */
-static enum rk_status get_pin(struct rk_ucx_server *server, const struct rk_get *asked,
-                              struct get *get, struct rk_error *error)
+static bool run_add(struct get *get, uint64_t offset, uint64_t bytes)
 {
-    get->page_bytes = asked->page_bytes;
-    get->num_pages = asked->pages_max;
-    get->offsets = rk_alloc_zero(asked->pages_max, sizeof(*get->offsets));
-    get->checksums = rk_alloc_zero(asked->pages_max, sizeof(*get->checksums));
-    if (!get->offsets || !get->checksums) {
-        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a get");
+    struct run *last = get->num_runs > 0 ? &get->runs[get->num_runs - 1] : NULL;
+    if (last && last->offset + last->bytes == offset) {
+        last->bytes += bytes;
+        return true;
     }
-    return server->options.ops->pin(server->options.context, RK_PATH_UCX, asked, get->offsets,
-                                    get->checksums, &get->num_pages, &get->pin, error);
+    if (get->num_runs == get->runs_room) {
+        size_t room = get->runs_room ? get->runs_room * 2 : 16;
+        struct run *more = rk_alloc_resize(get->runs, room, sizeof(*more));
+        if (!more) {
+            return false;
+        }
+        get->runs = more;
+        get->runs_room = room;
+    }
+    get->runs[get->num_runs++] = (struct run){offset, bytes};
+    return true;
 }
 
-static void get_begin(struct connection *connection, const struct ucx_get *header,
-                      const struct rk_get *asked)
+/* Pins one item, says so in the answer, and notes where its bytes lie. Returns its pages. */
+static uint64_t item_pin(struct get *get, const struct rk_get *asked, uint64_t pages_max,
+                         struct answer *answer)
+{
+    struct rk_ucx_server *server = get->connection->server;
+    struct rk_error error = {.text = ""};
+    struct rk_found found = {.pin = NULL};
+    enum rk_status status =
+        server->options.ops->pin(server->options.context, RK_PATH_UCX, asked, pages_max,
+                                 server->offsets, server->checksums, &found, &error);
+    if (status != RK_OK) {
+        wire_failure_append(&answer->body, status, error.text);
+        return 0;
+    }
+    get->pins[get->num_pins++] = found.pin;
+    for (uint64_t i = 0; i < found.num_pages; i++) {
+        uint64_t left = found.bytes - i * found.page_bytes;
+        if (!run_add(get, server->offsets[i], left < found.page_bytes ? left : found.page_bytes)) {
+            answer->body.failed = true; /* Which ends the connection. */
+        }
+    }
+    wire_found_append(&answer->body, &found, 0, NULL, server->checksums);
+    return found.num_pages;
+}
+
+static void get_begin(struct connection *connection, const struct ucx_request *request,
+                      size_t count)
 {
     struct rk_ucx_server *server = connection->server;
-    struct rk_error error = {.text = ""};
-    if (connection->num_gets >= server->options.gets_max) {
-        refuse(connection, header->request_id, RK_ERR_FULL, "too many reads are under way");
+    uint64_t pages_left = WIRE_PAGES_MAX;
+    if (connection->num_requests >= server->options.requests_max) {
+        refuse(connection, UCX_FOUND, request->request_id, (uint32_t)count, RK_ERR_FULL,
+               "too many requests are under way on this connection");
         return;
     }
     struct get *get = rk_alloc_zero(1, sizeof(*get));
-    enum rk_status status = RK_ERR_NO_MEMORY;
-    if (get) {
-        get->connection = connection;
-        status = get_pin(server, asked, get, &error);
-    }
-    if (status != RK_OK) {
-        refuse(connection, header->request_id, status,
-               error.text[0] ? error.text : rk_status_text(status));
-        if (get) {
-            get_free(get);
-        }
+    struct answer *answer = reply_make(connection, request->request_id);
+    if (!get || !answer) {
+        connection->dead = true;
+        rk_free(get);
+        rk_free(answer);
         return;
     }
-    uint32_t timeout_ms = header->timeout_ms < TIMEOUT_MS_MAX ? header->timeout_ms : TIMEOUT_MS_MAX;
-    get->deadline_ns = rk_deadline_in_ms(timeout_ms);
+    get->connection = connection;
+    get->request_id = request->request_id;
+    get->deadline_ns = request_deadline(request);
+    wire_append_count(&answer->body, (uint32_t)count);
+    for (size_t i = 0; i < count; i++) {
+        pages_left -= item_pin(get, &server->asked[i], pages_left, answer);
+    }
     for (size_t i = 0; i < FRAMES_MAX; i++) {
         get->frames[i].get = get;
     }
     get->next = server->gets;
     server->gets = get;
-    connection->num_gets++;
-    reply_send(get, header->request_id);
-    get_push(get);
+    connection->num_requests++;
+    reply_send(connection, UCX_FOUND, answer);
+    if (!connection->dead) {
+        get_push(get);
+    }
 }
 
 static ucs_status_t on_get(void *context, const void *header, size_t header_bytes, void *data,
                            size_t bytes, const ucp_am_recv_param_t *param)
 {
     struct rk_ucx_server *server = context;
-    struct connection *connection = connection_find(server, param);
-    struct ucx_get wire;
-    struct rk_get asked;
+    struct ucx_request request;
+    size_t count = 0;
+    struct connection *connection = request_read(server, header, header_bytes, param, &request);
     if (!connection) {
         return UCS_OK;
     }
-    if (!connection->greeted || header_bytes != sizeof(wire) ||
-        (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV)) {
-        protocol_error(connection, "a get without a hello, or of another form");
-        return UCS_OK;
-    }
-    memcpy(&wire, header, sizeof(wire));
-    struct shm_frame frame = {.body = data, .bytes = bytes};
-    frame.header.body_bytes = (uint32_t)bytes;
-    if (wire.magic != UCX_MAGIC || wire.request_id == 0 || bytes > SHM_REQUEST_BYTES_MAX ||
-        shm_get_parse(&frame, SHM_PAGES_MAX, server->extents, &asked) != RK_OK) {
+    if (wire_gets_parse(data, bytes, server->extents, server->asked, &count) != RK_OK) {
         protocol_error(connection, "a get whose lengths disagree");
         return UCS_OK;
     }
-    get_begin(connection, &wire, &asked);
+    get_begin(connection, &request, count);
+    return UCS_OK;
+}
+
+/* ---- Puts ---- */
+
+static struct put *put_find(struct rk_ucx_server *server, const struct connection *connection,
+                            uint32_t request_id)
+{
+    struct put *put = server->puts;
+    while (put && (put->connection != connection || put->request_id != request_id)) {
+        put = put->next;
+    }
+    return put;
+}
+
+static void put_remove(struct rk_ucx_server *server, struct put *put)
+{
+    struct put **at = &server->puts;
+    while (*at != put) {
+        at = &(*at)->next;
+    }
+    *at = put->next;
+    put->connection->num_requests--;
+    rk_intake_destroy(put->intake);
+    rk_free(put);
+}
+
+static void put_finish(struct rk_ucx_server *server, struct put *put)
+{
+    struct answer *answer = reply_make(put->connection, put->request_id);
+    rk_intake_end(put->intake);
+    if (answer) {
+        wire_append_count(&answer->body, (uint32_t)rk_intake_items(put->intake));
+        for (size_t i = 0; i < rk_intake_items(put->intake); i++) {
+            const char *text = NULL;
+            enum rk_status status = rk_intake_result(put->intake, i, &text);
+            wire_result_append(&answer->body, status, text);
+        }
+        reply_send(put->connection, UCX_RESULTS, answer);
+    }
+    put_remove(server, put);
+}
+
+/* False: the heads make no sense. */
+static bool put_items(struct rk_ucx_server *server, struct put *put, struct wire_reader *reader,
+                      uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        struct rk_error error = {.text = ""};
+        const uint8_t *head = NULL;
+        uint32_t head_bytes = 0;
+        uint64_t bytes = 0;
+        uint32_t page_bytes = 0;
+        void *handle = NULL;
+        if (!wire_take_block(reader, &head, &head_bytes)) {
+            return false;
+        }
+        enum rk_status status =
+            server->options.ops->put_begin(server->options.context, RK_PATH_UCX, head, head_bytes,
+                                           &handle, &bytes, &page_bytes, &error);
+        rk_intake_add(put->intake, status, error.text, handle, bytes, page_bytes);
+    }
+    return reader->left == 0;
+}
+
+static void put_begin(struct connection *connection, const struct ucx_request *request,
+                      struct wire_reader *reader, uint32_t count)
+{
+    struct rk_ucx_server *server = connection->server;
+    if (connection->num_requests >= server->options.requests_max) {
+        refuse(connection, UCX_RESULTS, request->request_id, count, RK_ERR_FULL,
+               "too many requests are under way on this connection");
+        return;
+    }
+    struct put *put = rk_alloc_zero(1, sizeof(*put));
+    if (!put || rk_intake_create(server->options.ops, server->options.context, count,
+                                 &put->intake) != RK_OK) {
+        connection->dead = true;
+        rk_free(put);
+        return;
+    }
+    put->connection = connection;
+    put->request_id = request->request_id;
+    put->deadline_ns = request_deadline(request);
+    put->next = server->puts;
+    server->puts = put;
+    connection->num_requests++;
+    if (!put_items(server, put, reader, count)) {
+        protocol_error(connection, "a put whose lengths disagree");
+        put_remove(server, put);
+    } else if (rk_intake_whole(put->intake)) {
+        put_finish(server, put);
+    }
+}
+
+static ucs_status_t on_put(void *context, const void *header, size_t header_bytes, void *data,
+                           size_t bytes, const ucp_am_recv_param_t *param)
+{
+    struct rk_ucx_server *server = context;
+    struct ucx_request request;
+    struct wire_reader reader = {data, bytes};
+    uint32_t count = 0;
+    struct connection *connection = request_read(server, header, header_bytes, param, &request);
+    if (!connection) {
+        return UCS_OK;
+    }
+    if (!wire_take(&reader, &count, sizeof(count)) || count == 0 ||
+        count > RK_TRANSPORT_ITEMS_MAX || put_find(server, connection, request.request_id)) {
+        protocol_error(connection, "a put of nothing, or of too much");
+        return UCS_OK;
+    }
+    put_begin(connection, &request, &reader, count);
+    return UCS_OK;
+}
+
+static ucs_status_t on_put_data(void *context, const void *header, size_t header_bytes, void *data,
+                                size_t bytes, const ucp_am_recv_param_t *param)
+{
+    struct rk_ucx_server *server = context;
+    struct connection *connection = connection_find(server, param);
+    struct wire_reader reader = {header, header_bytes};
+    struct ucx_data frame;
+    uint64_t checksums[WIRE_FRAME_SUMS_MAX];
+    if (!connection) {
+        return UCS_OK;
+    }
+    if (!wire_take(&reader, &frame, sizeof(frame)) || frame.magic != UCX_MAGIC ||
+        frame.num_checksums > WIRE_FRAME_SUMS_MAX ||
+        !wire_take(&reader, checksums, frame.num_checksums * sizeof(checksums[0])) ||
+        reader.left > 0 || (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV)) {
+        protocol_error(connection, "bytes of a put that are none");
+        return UCS_OK;
+    }
+    struct put *put = put_find(server, connection, frame.request_id);
+    if (!put) {
+        return UCS_OK; /* Of a put that ended before its bytes did. */
+    }
+    if (frame.offset != put->offset ||
+        rk_intake_write(put->intake, data, bytes, checksums, frame.num_checksums) != RK_OK) {
+        protocol_error(connection, "other bytes than the put announced");
+        return UCS_OK;
+    }
+    put->offset += bytes;
+    if (rk_intake_whole(put->intake)) {
+        put_finish(server, put);
+    }
     return UCS_OK;
 }
 
@@ -449,20 +664,32 @@ static void gets_sweep(struct rk_ucx_server *server)
             get->failed = true; /* Its reader has given up, and may ask again. */
             get->deadline_ns = rk_deadline_in_ms(DRAIN_MS);
         } else if (now_ns > get->deadline_ns && get->in_flight > 0) {
-            RK_LOG_WARN("ucx_reader_stuck", "pages_left=%llu action=disconnect",
-                        (unsigned long long)(get->num_pages - get->next_page));
+            RK_LOG_WARN("ucx_reader_stuck", "frames=%u action=disconnect", get->in_flight);
             get->connection->dead = true;
         } else {
             get_push(get);
         }
-        bool ended = get->failed || get->next_page == get->num_pages;
+        bool ended = get->failed || get->run == get->num_runs;
         if (ended && get->in_flight == 0) {
             *at = get->next;
-            get->connection->num_gets--;
+            get->connection->num_requests--;
             get_free(get);
         } else {
             at = &get->next;
         }
+    }
+}
+
+static void puts_sweep(struct rk_ucx_server *server)
+{
+    int64_t now_ns = rk_clock_ns();
+    struct put *put = server->puts;
+    while (put) {
+        struct put *next = put->next;
+        if (put->connection->dead || now_ns > put->deadline_ns) {
+            put_remove(server, put);
+        }
+        put = next;
     }
 }
 
@@ -475,7 +702,7 @@ static void connections_sweep(struct rk_ucx_server *server)
             connection->endpoint = NULL;
             ucx_endpoint_kill(&server->ucx, endpoint, rk_deadline_in_ms(SWEEP_MS));
             at = &server->connections; /* Progress was made: others may have come. */
-        } else if (!connection->endpoint && connection->num_gets == 0) {
+        } else if (!connection->endpoint && connection->num_requests == 0) {
             *at = connection->next;
             server->num_connections--;
             rk_free(connection);
@@ -490,8 +717,9 @@ static void *server_thread(void *context)
     struct rk_ucx_server *server = context;
     while (!atomic_load_explicit(&server->stopping, memory_order_acquire)) {
         ucx_worker_wait(&server->ucx, server->wake_fd,
-                        rk_deadline_in_ms(server->gets ? SWEEP_MS : 10 * SWEEP_MS));
+                        rk_deadline_in_ms(server->gets || server->puts ? SWEEP_MS : 10 * SWEEP_MS));
         gets_sweep(server);
+        puts_sweep(server);
         connections_sweep(server);
     }
     int64_t deadline_ns = rk_deadline_in_ms(STOP_MS);
@@ -502,6 +730,7 @@ static void *server_thread(void *context)
             at->dead = true;
         }
         gets_sweep(server);
+        puts_sweep(server);
         connections_sweep(server);
         (void)server->ucx.api->ucp_worker_progress(server->ucx.worker);
     } while ((server->connections || server->answers > 0) && rk_deadline_left_ms(deadline_ns) > 0);
@@ -539,21 +768,27 @@ static enum rk_status listener_create(struct rk_ucx_server *server, struct ucx_a
 
 static enum rk_status server_set_up(struct rk_ucx_server *server, struct rk_error *error)
 {
+    static const struct {
+        unsigned id;
+        ucp_am_recv_callback_t handler;
+    } handlers[] = {
+        {UCX_HELLO, on_hello}, {UCX_GET, on_get}, {UCX_PUT, on_put}, {UCX_PUT_DATA, on_put_data}};
     struct ucx_address address;
     enum rk_status status = ucx_address_resolve(server->options.listen, &address, error);
-    server->extents = rk_alloc_zero(SHM_EXTENTS_MAX, sizeof(*server->extents));
+    server->extents = rk_alloc_zero(WIRE_EXTENTS_MAX, sizeof(*server->extents));
+    server->offsets = rk_alloc_zero(WIRE_PAGES_MAX, sizeof(*server->offsets));
+    server->checksums = rk_alloc_zero(WIRE_PAGES_MAX, sizeof(*server->checksums));
     server->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (status == RK_OK && (!server->extents || server->wake_fd < 0)) {
+    if (status == RK_OK &&
+        (!server->extents || !server->offsets || !server->checksums || server->wake_fd < 0)) {
         status = rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for the UCX server");
     }
     if (status == RK_OK) {
         status = ucx_worker_create(&address, &server->ucx, error);
     }
-    if (status == RK_OK) {
-        status = ucx_worker_handle(&server->ucx, UCX_HELLO, on_hello, server, error);
-    }
-    if (status == RK_OK) {
-        status = ucx_worker_handle(&server->ucx, UCX_GET, on_get, server, error);
+    for (size_t i = 0; status == RK_OK && i < sizeof(handlers) / sizeof(handlers[0]); i++) {
+        status =
+            ucx_worker_handle(&server->ucx, handlers[i].id, handlers[i].handler, server, error);
     }
     return status == RK_OK ? listener_create(server, &address, error) : status;
 }
@@ -567,7 +802,7 @@ enum rk_status rk_ucx_server_start(const struct rk_ucx_server_options *options,
     }
     server->options = *options;
     server->options.connections_max = options->connections_max > 0 ? options->connections_max : 256;
-    server->options.gets_max = options->gets_max > 0 ? options->gets_max : 64;
+    server->options.requests_max = options->requests_max > 0 ? options->requests_max : 64;
     server->wake_fd = -1;
     enum rk_status status = server_set_up(server, error);
     if (status == RK_OK && pthread_create(&server->thread, NULL, server_thread, server) != 0) {
@@ -606,5 +841,7 @@ void rk_ucx_server_stop(struct rk_ucx_server *server)
         (void)close(server->wake_fd);
     }
     rk_free(server->extents);
+    rk_free(server->offsets);
+    rk_free(server->checksums);
     rk_free(server);
 }

@@ -170,6 +170,12 @@ static ucs_status_t context_create(const struct ucx_address *address, ucp_contex
         result = api.ucp_config_modify(config, "NET_DEVICES", device);
     }
     if (result == UCS_OK) {
+        result = api.ucp_config_modify(config, "TCP_RX_SEG_SIZE", UCX_SEGMENT);
+    }
+    if (result == UCS_OK) {
+        result = api.ucp_config_modify(config, "TCP_MAX_IOV", UCX_IOV_MAX);
+    }
+    if (result == UCS_OK) {
         result = api.ucp_init_version(UCP_API_MAJOR, UCP_API_MINOR, &params, config, ret_context);
     }
     api.ucp_config_release(config);

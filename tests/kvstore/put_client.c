@@ -13,15 +13,22 @@
 static enum rk_status send_header(struct rk_rpc_stream *stream, const struct kvstore_header *header)
 {
     struct shard_message shard;
-    Redknot__V1__PutShardRequest__Header wire = REDKNOT__V1__PUT_SHARD_REQUEST__HEADER__INIT;
-    Redknot__V1__PutShardRequest request = REDKNOT__V1__PUT_SHARD_REQUEST__INIT;
+    Redknot__V1__PutShard wire = REDKNOT__V1__PUT_SHARD__INIT;
+    Redknot__V1__PutItem item = REDKNOT__V1__PUT_ITEM__INIT;
+    Redknot__V1__PutItem *pointer = &item;
+    Redknot__V1__PutRequest__Items items = REDKNOT__V1__PUT_REQUEST__ITEMS__INIT;
+    Redknot__V1__PutRequest request = REDKNOT__V1__PUT_REQUEST__INIT;
     shard_message_fill(&shard, header, "");
     wire.shard = &shard.shard;
     wire.label = (char *)header->label;
     wire.n_token_ids = header->num_token_ids;
     wire.token_ids = (uint32_t *)header->token_ids;
-    request.part_case = REDKNOT__V1__PUT_SHARD_REQUEST__PART_HEADER;
-    request.header = &wire;
+    item.what_case = REDKNOT__V1__PUT_ITEM__WHAT_SHARD;
+    item.shard = &wire;
+    items.n_items = 1;
+    items.items = &pointer;
+    request.part_case = REDKNOT__V1__PUT_REQUEST__PART_ITEMS;
+    request.items = &items;
     return rk_rpc_stream_send(stream, &request.base);
 }
 
@@ -39,14 +46,14 @@ static enum rk_status send_pages(struct rk_rpc_stream *stream, const struct kvst
             sums[i] = shard_page_fill(header, page + i, bytes + i * page_bytes);
             sums[i] += (int)(page + i) == bad_page;
         }
-        Redknot__V1__PageChunk chunk = REDKNOT__V1__PAGE_CHUNK__INIT;
-        Redknot__V1__PutShardRequest request = REDKNOT__V1__PUT_SHARD_REQUEST__INIT;
+        Redknot__V1__PutRequest__Chunk chunk = REDKNOT__V1__PUT_REQUEST__CHUNK__INIT;
+        Redknot__V1__PutRequest request = REDKNOT__V1__PUT_REQUEST__INIT;
         chunk.n_checksums = count;
         chunk.checksums = sums;
         chunk.data.data = bytes;
         chunk.data.len = count * page_bytes;
-        request.part_case = REDKNOT__V1__PUT_SHARD_REQUEST__PART_PAGES;
-        request.pages = &chunk;
+        request.part_case = REDKNOT__V1__PUT_REQUEST__PART_CHUNK;
+        request.chunk = &chunk;
         status = rk_rpc_stream_send(stream, &request.base);
     }
     rk_free(bytes);
@@ -59,7 +66,7 @@ enum rk_status client_put(struct rk_rpc_channel *channel, const struct kvstore_h
     struct rk_rpc_stream *stream = NULL;
     struct ProtobufCMessage *reply = NULL;
     enum rk_status status =
-        rk_rpc_stream_open(channel, "/redknot.v1.KvStore/PutShard", TIMEOUT_MS, &stream, NULL);
+        rk_rpc_stream_open(channel, "/redknot.v1.KvStore/Put", TIMEOUT_MS, &stream, NULL);
     if (status != RK_OK) {
         return status;
     }
@@ -67,15 +74,16 @@ enum rk_status client_put(struct rk_rpc_channel *channel, const struct kvstore_h
                 send_pages(stream, header, bad_page) == RK_OK &&
                 rk_rpc_stream_send_done(stream) == RK_OK;
     (void)sent; /* Whatever a send said: the call's own status is the answer. */
-    status = rk_rpc_stream_recv(stream, &redknot__v1__put_shard_reply__descriptor, &reply);
-    uint64_t bytes = status == RK_OK ? ((Redknot__V1__PutShardReply *)reply)->bytes : 0;
+    enum rk_status item = RK_OK;
+    if (rk_rpc_stream_recv(stream, &redknot__v1__put_reply__descriptor, &reply) == RK_OK) {
+        const Redknot__V1__PutReply *results = (const Redknot__V1__PutReply *)reply;
+        RK_ASSERT(results->n_results == 1);
+        item = rk_status_from_name(results->results[0]->status);
+    }
     rk_rpc_message_free(reply);
     status = rk_rpc_stream_finish(stream, NULL);
     rk_rpc_stream_destroy(stream);
-    if (status == RK_OK) {
-        RK_ASSERT(bytes == shard_pages(header) * rk_kv_page_bytes(&header->layout));
-    }
-    return status;
+    return status == RK_OK ? item : status;
 }
 
 enum rk_status client_end(struct rk_rpc_channel *channel, const char *method,

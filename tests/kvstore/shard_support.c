@@ -59,7 +59,7 @@ enum rk_status shard_write(struct kvstore *store, const struct kvstore_header *h
         for (size_t i = 0; i < count; i++) {
             sums[i] = shard_page_fill(header, page + i, bytes + i * page_bytes);
         }
-        status = kvstore_put_pages(put, bytes, count * page_bytes, sums, count, NULL);
+        status = kvstore_put_write(put, bytes, count * page_bytes, sums, count, NULL);
     }
     if (status == RK_OK) {
         status = kvstore_put_seal(put, NULL);

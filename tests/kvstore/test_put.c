@@ -62,11 +62,11 @@ static void a_bad_page_leaves_nothing(void **state)
     uint8_t page[4096];
     uint64_t sum = shard_page_fill(&header, 0, page);
     assert_int_equal(kvstore_put_begin(store, &header, &put, NULL), RK_OK);
-    assert_int_equal(kvstore_put_pages(put, page, sizeof(page), &sum, 1, NULL), RK_OK);
+    assert_int_equal(kvstore_put_write(put, page, sizeof(page), &sum, 1, NULL), RK_OK);
     page[17] ^= 0x40;
-    assert_int_equal(kvstore_put_pages(put, page, sizeof(page), &sum, 1, NULL), RK_ERR_CORRUPT);
+    assert_int_equal(kvstore_put_write(put, page, sizeof(page), &sum, 1, NULL), RK_ERR_CORRUPT);
     assert_int_equal(used(store), 0);
-    assert_int_equal(kvstore_put_pages(put, page, sizeof(page), &sum, 1, NULL), RK_ERR_CANCELLED);
+    assert_int_equal(kvstore_put_write(put, page, sizeof(page), &sum, 1, NULL), RK_ERR_CANCELLED);
     assert_int_equal(kvstore_put_seal(put, NULL), RK_ERR_CANCELLED);
     kvstore_put_destroy(put);
     assert_int_equal(kvstore_commit(store, &name, NULL), RK_ERR_NOT_FOUND);
@@ -92,13 +92,13 @@ static void wrong_counts_are_refused(void **state)
     for (size_t i = 0; i < sizeof(wrong) / sizeof(wrong[0]); i++) {
         assert_int_equal(kvstore_put_begin(store, &header, &put, NULL), RK_OK);
         assert_int_equal(
-            kvstore_put_pages(put, pages, wrong[i].bytes, sums, wrong[i].num_pages, NULL),
+            kvstore_put_write(put, pages, wrong[i].bytes, sums, wrong[i].num_pages, NULL),
             RK_ERR_INVALID);
         kvstore_put_destroy(put);
         assert_int_equal(used(store), 0);
     }
     assert_int_equal(kvstore_put_begin(store, &header, &put, NULL), RK_OK);
-    assert_int_equal(kvstore_put_pages(put, pages, 4096, sums, 1, NULL), RK_OK);
+    assert_int_equal(kvstore_put_write(put, pages, 4096, sums, 1, NULL), RK_OK);
     assert_int_equal(kvstore_put_seal(put, NULL), RK_ERR_INVALID); /* Three are missing. */
     kvstore_put_destroy(put);
     assert_int_equal(used(store), 0);
@@ -185,7 +185,7 @@ static void the_abandoned_is_collected(void **state)
     assert_int_equal(used(store), 4 * 4096);
     uint8_t page[4096];
     uint64_t sum = shard_page_fill(&open, 0, page);
-    assert_int_equal(kvstore_put_pages(put, page, sizeof(page), &sum, 1, NULL), RK_ERR_CANCELLED);
+    assert_int_equal(kvstore_put_write(put, page, sizeof(page), &sum, 1, NULL), RK_ERR_CANCELLED);
     kvstore_put_destroy(put);
     assert_int_equal(shard_read(store, &held), RK_OK);
 }

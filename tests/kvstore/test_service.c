@@ -3,6 +3,7 @@
  *         bytes, says why it misses, notices damage, and starts only as asked.
  * Method: redknot-kvstore on free ports; its ready line tells where it is.
  */
+#include "tests/common/transport/one_get.h"
 #include "tests/kvstore/put_client.h"
 
 #include "common/base/alloc.h"
@@ -126,14 +127,12 @@ static struct rk_transport *reader_connect(const struct daemon *daemon, enum rk_
 static struct rk_get get_of(const struct kvstore_header *header, const struct rk_extent *extents,
                             size_t num_extents)
 {
-    return (struct rk_get){.segment_id = header->segment_id,
+    return (struct rk_get){.id = header->segment_id,
                            .fingerprint = header->fingerprint,
                            .generation = header->generation,
                            .page_bytes = (uint32_t)rk_kv_page_bytes(&header->layout),
                            .extents = extents,
-                           .num_extents = num_extents,
-                           .pages_max = 4096,
-                           .deadline_ns = rk_deadline_in_ms(WAIT_MS)};
+                           .num_extents = num_extents};
 }
 
 static void stored(const struct daemon *daemon, const struct kvstore_header *header)
@@ -158,15 +157,15 @@ static void both_paths_give_the_same_bytes(void **state)
         struct rk_get get = get_of(&header, parts, 2);
         struct rk_pages pages = {0};
         uint8_t expected[4096];
-        assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_OK);
+        assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_OK);
         assert_int_equal(pages.num_pages, 15);
-        assert_int_equal(pages.path, both_paths[p]);
+        assert_int_equal(rk_transport_path(reader), both_paths[p]);
         for (uint64_t i = 0; i < 15; i++) {
             uint64_t page = i < 13 ? 2 * 16 + 3 + i : 16 + (i - 13);
             assert_int_equal(shard_page_fill(&header, page, expected), pages.pages[i].checksum);
             assert_memory_equal(pages.pages[i].data, expected, sizeof(expected));
         }
-        rk_transport_release(reader, &pages);
+        rk_transport_release(reader, &pages, 1);
         rk_transport_destroy(reader);
     }
 }
@@ -183,17 +182,17 @@ static void both_paths_give_the_same_reasons(void **state)
         const struct rk_extent outside = {1, 0, 15, 17};
         struct rk_get get = get_of(&header, parts, 2);
         get.generation = 4;
-        assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_MISS_STALE_GENERATION);
+        assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_MISS_STALE_GENERATION);
         get = get_of(&header, parts, 2);
         get.fingerprint.bytes[3] ^= 1;
-        assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_MISS_FINGERPRINT);
+        assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_MISS_FINGERPRINT);
         get = get_of(&header, parts, 2);
         get.page_bytes = 8192;
-        assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_MISS_FINGERPRINT);
+        assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_MISS_FINGERPRINT);
         get = get_of(&header, &outside, 1);
-        assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_ERR_INVALID);
+        assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_ERR_INVALID);
         get = get_of(&other, parts, 2);
-        assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_MISS_ABSENT);
+        assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_MISS_ABSENT);
         rk_transport_destroy(reader);
     }
     struct kvstore_header third = shard_header(3, 5, 64 * 40);
@@ -203,7 +202,7 @@ static void both_paths_give_the_same_reasons(void **state)
         struct rk_transport *reader = reader_connect(daemon, both_paths[p]);
         struct rk_pages pages = {0};
         struct rk_get get = get_of(&header, parts, 2);
-        assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_MISS_EVICTED);
+        assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_MISS_EVICTED);
         rk_transport_destroy(reader);
     }
 }
@@ -250,9 +249,9 @@ static void damage_is_noticed_by_the_reader(void **state)
         struct rk_transport *reader = reader_connect(daemon, both_paths[p]);
         struct rk_get get = get_of(&header, &first, 1);
         struct rk_pages pages = {0};
-        assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_OK);
+        assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_OK);
         assert_false(rk_page_verify(&pages.pages[0], get.page_bytes));
-        rk_transport_release(reader, &pages);
+        rk_transport_release(reader, &pages, 1);
         rk_transport_destroy(reader);
     }
 }
@@ -267,16 +266,14 @@ static void a_stopped_store_is_a_miss_in_time(void **state)
         struct rk_get get = get_of(&header, parts, 2);
         struct rk_pages pages = {0};
         int stopped = 0;
-        assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_OK);
-        rk_transport_release(reader, &pages);
+        assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_OK);
+        rk_transport_release(reader, &pages, 1);
         kill(daemon->pid, SIGSTOP);
         assert_int_equal(waitpid(daemon->pid, &stopped, WUNTRACED), daemon->pid);
-        get.deadline_ns = rk_deadline_in_ms(100);
-        assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_MISS_DEADLINE);
+        assert_int_equal(get_one(reader, &get, 100, &pages, NULL), RK_MISS_DEADLINE);
         kill(daemon->pid, SIGCONT);
-        get.deadline_ns = rk_deadline_in_ms(WAIT_MS);
-        assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_OK);
-        rk_transport_release(reader, &pages);
+        assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_OK);
+        rk_transport_release(reader, &pages, 1);
         rk_transport_destroy(reader);
     }
 }
@@ -296,7 +293,7 @@ static void a_killed_store_is_unavailable(void **state)
     for (size_t p = 0; p < 2; p++) {
         struct rk_get get = get_of(&header, parts, 2);
         struct rk_pages pages = {0};
-        assert_int_equal(rk_transport_get(readers[p], &get, &pages, NULL), RK_ERR_UNAVAILABLE);
+        assert_int_equal(get_one(readers[p], &get, WAIT_MS, &pages, NULL), RK_ERR_UNAVAILABLE);
         rk_transport_destroy(readers[p]);
     }
 }

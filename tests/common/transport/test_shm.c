@@ -5,8 +5,9 @@
  *         in forked ones that are killed, and raw sockets that send rubbish. A
  *         forked server that is stopped or killed stands for a sick store.
  */
-#include "common/transport/shm_wire_internal.h"
 #include "common/transport/transport.h"
+#include "common/transport/wire_internal.h"
+#include "tests/common/transport/one_get.h"
 #include "tests/common/transport/pinned_pages.h"
 
 #include "common/base/alloc.h"
@@ -127,12 +128,8 @@ static struct rk_transport *reader_connect(const struct arena *arena)
 
 static struct rk_get get_of(const struct rk_extent *extents, size_t num_extents)
 {
-    return (struct rk_get){.generation = 1,
-                           .page_bytes = PAGE_BYTES,
-                           .extents = extents,
-                           .num_extents = num_extents,
-                           .pages_max = 1000,
-                           .deadline_ns = rk_deadline_in_ms(WAIT_MS)};
+    return (struct rk_get){
+        .generation = 1, .page_bytes = PAGE_BYTES, .extents = extents, .num_extents = num_extents};
 }
 
 static const struct rk_extent two_extents[] = {{0, 0, 60, 64}, {0, 0, 2, 4}};
@@ -146,7 +143,7 @@ static void bytes_are_those_of_the_store(void **state)
     const uint32_t expected[] = {60, 61, 62, 63, 2, 3};
     assert_non_null(reader);
     assert_int_equal(rk_transport_path(reader), RK_PATH_SHM);
-    assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_OK);
+    assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_OK);
     assert_int_equal(pages.num_pages, 6);
     assert_int_equal(pages.bytes, 6 * PAGE_BYTES);
     assert_int_equal(pages.tier, RK_TIER_DRAM);
@@ -158,7 +155,7 @@ static void bytes_are_those_of_the_store(void **state)
     arena->pages.bytes[2 * PAGE_BYTES + 5] ^= 1; /* In place: the reader sees the store's damage. */
     assert_false(rk_page_verify(&pages.pages[4], PAGE_BYTES));
     assert_int_equal(atomic_load(&arena->pages.pins), 1);
-    rk_transport_release(reader, &pages);
+    rk_transport_release(reader, &pages, 1);
     pins_become(arena, 0);
     rk_transport_destroy(reader);
 }
@@ -171,19 +168,15 @@ static void misses_and_errors_carry_their_reason(void **state)
     const struct rk_extent outside = {7, 0, 0, 1};
     struct rk_get get = get_of(two_extents, 2);
     get.generation = 2;
-    assert_int_equal(rk_transport_get(reader, &get, &pages, &error), RK_MISS_STALE_GENERATION);
+    assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, &error), RK_MISS_STALE_GENERATION);
     get = get_of(two_extents, 2);
     get.page_bytes = 8192;
-    assert_int_equal(rk_transport_get(reader, &get, &pages, &error), RK_MISS_FINGERPRINT);
+    assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, &error), RK_MISS_FINGERPRINT);
     get = get_of(&outside, 1);
-    assert_int_equal(rk_transport_get(reader, &get, &pages, &error), RK_ERR_INVALID);
+    assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, &error), RK_ERR_INVALID);
     assert_string_equal(error.text, "extent 0 is outside");
     get = get_of(two_extents, 2);
-    get.pages_max = 5;
-    assert_int_equal(rk_transport_get(reader, &get, &pages, &error), RK_ERR_INVALID);
-    get = get_of(two_extents, 2);
-    get.deadline_ns = 1;
-    assert_int_equal(rk_transport_get(reader, &get, &pages, &error), RK_MISS_DEADLINE);
+    assert_int_equal(get_one(reader, &get, 0, &pages, &error), RK_MISS_DEADLINE);
     assert_null(pages.pages);
     rk_transport_destroy(reader);
 }
@@ -193,7 +186,7 @@ static void the_mapping_is_read_only(void **state)
     struct rk_transport *reader = reader_connect(*state);
     struct rk_pages pages = {0};
     struct rk_get get = get_of(two_extents, 2);
-    assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_OK);
+    assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_OK);
     pid_t child = fork();
     if (child == 0) {
         signal(SIGSEGV, SIG_DFL); /* Not the sanitizer's report: the fault itself. */
@@ -203,7 +196,7 @@ static void the_mapping_is_read_only(void **state)
     int status = 0;
     assert_int_equal(waitpid(child, &status, 0), child);
     assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV);
-    rk_transport_release(reader, &pages);
+    rk_transport_release(reader, &pages, 1);
     rk_transport_destroy(reader);
 }
 
@@ -216,7 +209,7 @@ static void a_killed_reader_lets_go(void **state)
         struct rk_pages pages = {0};
         for (int i = 0; reader && i < 3; i++) {
             struct rk_get get = get_of(two_extents, 2);
-            if (rk_transport_get(reader, &get, &pages, NULL) != RK_OK) {
+            if (get_one(reader, &get, WAIT_MS, &pages, NULL) != RK_OK) {
                 _exit(1);
             }
         }
@@ -236,11 +229,11 @@ static void pins_and_connections_are_bounded(void **state)
     struct rk_pages pages[5] = {{0}};
     struct rk_get get = get_of(two_extents, 2);
     for (int i = 0; i < 4; i++) {
-        assert_int_equal(rk_transport_get(reader, &get, &pages[i], NULL), RK_OK);
+        assert_int_equal(get_one(reader, &get, WAIT_MS, &pages[i], NULL), RK_OK);
     }
-    assert_int_equal(rk_transport_get(reader, &get, &pages[4], NULL), RK_ERR_FULL);
-    rk_transport_release(reader, &pages[1]);
-    assert_int_equal(rk_transport_get(reader, &get, &pages[4], NULL), RK_OK);
+    assert_int_equal(get_one(reader, &get, WAIT_MS, &pages[4], NULL), RK_ERR_FULL);
+    rk_transport_release(reader, &pages[1], 1);
+    assert_int_equal(get_one(reader, &get, WAIT_MS, &pages[4], NULL), RK_OK);
     struct rk_transport *others[8] = {NULL};
     int connected = 0;
     for (int i = 0; i < 8; i++) {
@@ -252,7 +245,7 @@ static void pins_and_connections_are_bounded(void **state)
         rk_transport_destroy(others[i]);
     }
     for (int i = 0; i < 5; i++) {
-        rk_transport_release(reader, &pages[i]);
+        rk_transport_release(reader, &pages[i], 1);
     }
     rk_transport_destroy(reader);
 }
@@ -297,13 +290,15 @@ static void rubbish_drops_only_its_sender(void **state)
     struct rk_transport *good = reader_connect(arena);
     struct {
         struct shm_frame_header header;
-        struct shm_get body;
+        uint32_t num_items;
+        struct wire_get body;
         struct rk_extent extent;
     } __attribute__((packed)) frame;
     for (int kind = 0; kind < 8; kind++) {
         int fd = raw_connect(arena);
         memset(&frame, 0, sizeof(frame));
         shm_header_fill(&frame.header, SHM_GET, 1, sizeof(frame) - sizeof(frame.header));
+        frame.num_items = 1;
         frame.body.num_extents = 1;
         frame.body.generation = 1;
         frame.body.page_bytes = PAGE_BYTES;
@@ -325,7 +320,7 @@ static void rubbish_drops_only_its_sender(void **state)
             frame.extent.page_end = UINT32_MAX;
             break;
         case 5:
-            frame.header.type = SHM_GET_REPLY;
+            frame.header.type = SHM_FOUND;
             break;
         case 6:
             frame.header.type = SHM_RELEASE;
@@ -341,8 +336,8 @@ static void rubbish_drops_only_its_sender(void **state)
     }
     struct rk_pages pages = {0};
     struct rk_get get = get_of(two_extents, 2);
-    assert_int_equal(rk_transport_get(good, &get, &pages, NULL), RK_OK);
-    rk_transport_release(good, &pages);
+    assert_int_equal(get_one(good, &get, WAIT_MS, &pages, NULL), RK_OK);
+    rk_transport_release(good, &pages, 1);
     rk_transport_destroy(good);
 }
 
@@ -352,9 +347,10 @@ static void a_flood_is_ended(void **state)
     int fd = raw_connect(arena);
     struct {
         struct shm_frame_header header;
-        struct shm_get body;
+        uint32_t num_items;
+        struct wire_get body;
         struct rk_extent extent;
-    } __attribute__((packed)) frame = {.body = {.num_extents = 1, .generation = 1}};
+    } __attribute__((packed)) frame = {.num_items = 1, .body = {.num_extents = 1, .generation = 1}};
     shm_header_fill(&frame.header, SHM_GET, 1, sizeof(frame) - sizeof(frame.header));
     frame.body.page_bytes = PAGE_BYTES;
     frame.extent.page_end = NUM_PAGES;
@@ -383,7 +379,7 @@ static void random_bytes_never_crash(void **state)
             bytes[i] = (uint8_t)rand_r(&seed);
         }
         struct shm_frame_header header;
-        shm_header_fill(&header, (enum shm_frame_type)(1 + rand_r(&seed) % 5), 1,
+        shm_header_fill(&header, (enum shm_frame_type)(1 + rand_r(&seed) % 10), 1,
                         (size_t)rand_r(&seed) % 300);
         memcpy(bytes, &header, round % 4 ? sizeof(header) : 4);
         ssize_t sent = send(fd, bytes, sizeof(bytes), MSG_NOSIGNAL);
@@ -429,14 +425,13 @@ static void a_stopped_store_is_a_miss_in_time(void **state)
     struct rk_pages held = {0};
     struct rk_pages pages = {0};
     struct rk_get get = get_of(two_extents, 2);
-    assert_int_equal(rk_transport_get(reader, &get, &held, NULL), RK_OK);
+    assert_int_equal(get_one(reader, &get, WAIT_MS, &held, NULL), RK_OK);
     kill(child, SIGSTOP);
     int stopped = 0;
     assert_int_equal(waitpid(child, &stopped, WUNTRACED), child); /* It takes effect later. */
     assert_true(WIFSTOPPED(stopped));
     for (int i = 0; i < 3; i++) {
-        get.deadline_ns = rk_deadline_in_ms(30);
-        assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_MISS_DEADLINE);
+        assert_int_equal(get_one(reader, &get, 30, &pages, NULL), RK_MISS_DEADLINE);
     }
     struct rk_transport_endpoint endpoint = {
         .grpc_address = "", .host_id = "", .shm_socket = arena->socket};
@@ -446,18 +441,17 @@ static void a_stopped_store_is_a_miss_in_time(void **state)
     kill(child, SIGCONT);
     /* Late replies are passed over and their pins given back: else the second get would find
      * all five pins taken. */
-    get.deadline_ns = rk_deadline_in_ms(WAIT_MS);
     for (int i = 0; i < 4; i++) {
-        assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_OK);
+        assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_OK);
         assert_memory_equal(pages.pages[4].data, arena->pages.bytes + 2 * PAGE_BYTES, PAGE_BYTES);
-        rk_transport_release(reader, &pages);
+        rk_transport_release(reader, &pages, 1);
     }
     kill(child, SIGKILL);
     assert_int_equal(waitpid(child, NULL, 0), child);
-    assert_int_equal(rk_transport_get(reader, &get, &pages, NULL), RK_ERR_UNAVAILABLE);
+    assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_ERR_UNAVAILABLE);
     /* What is held stays readable: the mapping outlives the store. */
     assert_true(rk_page_verify(&held.pages[0], PAGE_BYTES));
-    rk_transport_release(reader, &held);
+    rk_transport_release(reader, &held, 1);
     rk_transport_destroy(reader);
     /* A socket nobody listens on is replaced. */
     server_start(arena, 4, 8);

@@ -6,6 +6,7 @@
  *         messages at all for the rest. The network is loopback's.
  */
 #include "common/transport/ucx_internal.h"
+#include "tests/common/transport/one_get.h"
 #include "tests/common/transport/ucx_arena.h"
 
 #include "common/base/clock.h"
@@ -27,7 +28,7 @@
 #include <cmocka.h>
 
 #define WAIT_MS  20000
-#define CONNECTS 100
+#define CONNECTS 1000
 
 static struct arena arena;
 
@@ -77,14 +78,10 @@ static struct rk_transport *reader(void)
     return transport;
 }
 
-static struct rk_get get_of(const struct rk_extent *extents, size_t num_extents, int timeout_ms)
+static struct rk_get get_of(const struct rk_extent *extents, size_t num_extents)
 {
-    return (struct rk_get){.generation = 1,
-                           .page_bytes = PAGE_BYTES,
-                           .extents = extents,
-                           .num_extents = num_extents,
-                           .pages_max = 4 * NUM_PAGES,
-                           .deadline_ns = rk_deadline_in_ms(timeout_ms)};
+    return (struct rk_get){
+        .generation = 1, .page_bytes = PAGE_BYTES, .extents = extents, .num_extents = num_extents};
 }
 
 static void pins_become(int wanted)
@@ -103,12 +100,11 @@ static void expect_pages(struct rk_transport *transport, const struct rk_extent 
 {
     struct rk_pages pages = {0};
     struct rk_error error = {.text = ""};
-    struct rk_get get = get_of(extents, num_extents, WAIT_MS);
+    struct rk_get get = get_of(extents, num_extents);
     uint64_t at = 0;
-    if (rk_transport_get(transport, &get, &pages, &error) != RK_OK) {
+    if (get_one(transport, &get, WAIT_MS, &pages, &error) != RK_OK) {
         fail_msg("%s", error.text);
     }
-    assert_int_equal(pages.path, RK_PATH_UCX);
     assert_int_equal(pages.tier, RK_TIER_DRAM);
     for (size_t i = 0; i < num_extents; i++) {
         for (uint32_t page = extents[i].page_begin; page < extents[i].page_end; page++, at++) {
@@ -119,7 +115,7 @@ static void expect_pages(struct rk_transport *transport, const struct rk_extent 
     }
     assert_int_equal(pages.num_pages, at);
     assert_int_equal(pages.bytes, at * PAGE_BYTES);
-    rk_transport_release(transport, &pages);
+    rk_transport_release(transport, &pages, 1);
 }
 
 static void bytes_are_those_of_the_store(void **state)
@@ -150,14 +146,14 @@ static void misses_and_errors_carry_their_reason(void **state)
     struct rk_error error = {.text = ""};
     const struct rk_extent one = {0, 0, 0, 1};
     const struct rk_extent outside = {7, 0, 0, 1};
-    struct rk_get get = get_of(&one, 1, WAIT_MS);
+    struct rk_get get = get_of(&one, 1);
     get.generation = 2;
-    assert_int_equal(rk_transport_get(transport, &get, &pages, &error), RK_MISS_STALE_GENERATION);
-    get = get_of(&one, 1, WAIT_MS);
+    assert_int_equal(get_one(transport, &get, WAIT_MS, &pages, &error), RK_MISS_STALE_GENERATION);
+    get = get_of(&one, 1);
     get.page_bytes = 8192;
-    assert_int_equal(rk_transport_get(transport, &get, &pages, &error), RK_MISS_FINGERPRINT);
-    get = get_of(&outside, 1, WAIT_MS);
-    assert_int_equal(rk_transport_get(transport, &get, &pages, &error), RK_ERR_INVALID);
+    assert_int_equal(get_one(transport, &get, WAIT_MS, &pages, &error), RK_MISS_FINGERPRINT);
+    get = get_of(&outside, 1);
+    assert_int_equal(get_one(transport, &get, WAIT_MS, &pages, &error), RK_ERR_INVALID);
     assert_string_equal(error.text, "extent 0 is outside");
     expect_pages(transport, &one, 1); /* None of it hurt the connection. */
     rk_transport_destroy(transport);
@@ -241,13 +237,13 @@ static void a_killed_store_is_noticed(void **state)
     int port = store_start(&store);
     struct rk_transport *transport = reader_connect(port, WAIT_MS, &status);
     assert_int_equal(status, RK_OK);
-    struct rk_get get = get_of(&all, 1, WAIT_MS);
-    assert_int_equal(rk_transport_get(transport, &get, &pages, NULL), RK_OK);
-    rk_transport_release(transport, &pages);
+    struct rk_get get = get_of(&all, 1);
+    assert_int_equal(get_one(transport, &get, WAIT_MS, &pages, NULL), RK_OK);
+    rk_transport_release(transport, &pages, 1);
     peer_end(&store, SIGKILL);
-    get = get_of(&all, 1, WAIT_MS);
+    get = get_of(&all, 1);
     int64_t begin_ns = rk_clock_ns();
-    assert_int_equal(rk_transport_get(transport, &get, &pages, NULL), RK_ERR_UNAVAILABLE);
+    assert_int_equal(get_one(transport, &get, WAIT_MS, &pages, NULL), RK_ERR_UNAVAILABLE);
     assert_true(rk_clock_ns() - begin_ns < WAIT_MS / 2 * INT64_C(1000000)); /* Not the deadline. */
     rk_transport_destroy(transport);
     assert_null(reader_connect(port, WAIT_MS, &status));
@@ -265,8 +261,8 @@ static void a_stopped_store_costs_one_deadline(void **state)
     struct rk_transport *transport = reader_connect(port, WAIT_MS, &status);
     assert_int_equal(status, RK_OK);
     assert_int_equal(kill(store.pid, SIGSTOP), 0);
-    struct rk_get get = get_of(&all, 1, 300);
-    enum rk_status late = rk_transport_get(transport, &get, &pages, NULL);
+    struct rk_get get = get_of(&all, 1);
+    enum rk_status late = get_one(transport, &get, 300, &pages, NULL);
     assert_true(late == RK_MISS_DEADLINE || late == RK_ERR_DEADLINE);
     assert_null(reader_connect(port, 300, &status));
     assert_int_equal(status, RK_ERR_UNAVAILABLE);
@@ -276,12 +272,12 @@ static void a_stopped_store_costs_one_deadline(void **state)
         transport = reader_connect(port, WAIT_MS, &status);
         assert_int_equal(status, RK_OK);
     }
-    get = get_of(&all, 1, WAIT_MS); /* Late frames of the first get are not taken for these. */
-    assert_int_equal(rk_transport_get(transport, &get, &pages, NULL), RK_OK);
+    get = get_of(&all, 1); /* Late frames of the first get are not taken for these. */
+    assert_int_equal(get_one(transport, &get, WAIT_MS, &pages, NULL), RK_OK);
     for (uint64_t i = 0; i < pages.num_pages; i++) {
         assert_true(rk_page_verify(&pages.pages[i], PAGE_BYTES));
     }
-    rk_transport_release(transport, &pages);
+    rk_transport_release(transport, &pages, 1);
     rk_transport_destroy(transport);
     peer_end(&store, 0);
 }
@@ -427,11 +423,13 @@ static void strangers_are_cut_off(void **state)
     (void)state;
     const struct ucx_hello good = {UCX_MAGIC, UCX_VERSION};
     const struct ucx_hello other = {UCX_MAGIC, UCX_VERSION + 1};
-    const struct ucx_get get = {UCX_MAGIC, 1, WAIT_MS};
-    struct {
-        struct shm_get get;
+    const struct ucx_request get = {UCX_MAGIC, 1, WAIT_MS};
+    struct __attribute__((packed)) {
+        uint32_t num_items;
+        struct wire_get get;
         struct rk_extent extents[2];
-    } body = {.get = {.generation = 1, .page_bytes = PAGE_BYTES, .num_extents = 1000},
+    } body = {.num_items = 1,
+              .get = {.generation = 1, .page_bytes = PAGE_BYTES, .num_extents = 1000},
               .extents = {{0, 0, 0, 1}, {0, 0, 9, 3}}};
     struct stranger stranger;
     for (int kind = 0; kind < 6; kind++) {

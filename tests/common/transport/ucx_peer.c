@@ -4,6 +4,7 @@
  *   ucx_peer read ADDRESS MS  reads the whole arena again and again, each time with so many
  *                             milliseconds; prints a line after the first time
  */
+#include "tests/common/transport/one_get.h"
 #include "tests/common/transport/ucx_arena.h"
 
 #include "common/base/clock.h"
@@ -41,16 +42,12 @@ static int read_on(const char *address, int timeout_ms)
     }
     for (int i = 0;; i++) {
         struct rk_pages pages = {0};
-        const struct rk_get get = {.generation = 1,
-                                   .page_bytes = PAGE_BYTES,
-                                   .extents = &all,
-                                   .num_extents = 1,
-                                   .pages_max = NUM_PAGES,
-                                   .deadline_ns = rk_deadline_in_ms(timeout_ms)};
-        if (rk_transport_get(reader, &get, &pages, &error) != RK_OK) {
+        const struct rk_get get = {
+            .generation = 1, .page_bytes = PAGE_BYTES, .extents = &all, .num_extents = 1};
+        if (get_one(reader, &get, timeout_ms, &pages, &error) != RK_OK) {
             break;
         }
-        rk_transport_release(reader, &pages);
+        rk_transport_release(reader, &pages, 1);
         if (i == 0) {
             (void)puts("read");
             (void)fflush(stdout);
