@@ -64,7 +64,9 @@ enum rk_status coordinator_register(struct coordinator *coordinator, struct aren
     return RK_OK;
 }
 
-/* Under index_lock. True when something of what the database holds changed. */
+/* A store may evict a shard that it has committed before the put is published: the placed put
+ * remembers it, for the index does not know that generation yet.
+ * Under index_lock. True when something of what the database holds changed. */
 static bool apply_removed(struct coordinator *coordinator, struct index_node *node,
                           const Redknot__V1__HeartbeatRequest *request)
 {
@@ -75,6 +77,8 @@ static bool apply_removed(struct coordinator *coordinator, struct index_node *no
         if (record_id(&shard->segment_id, &id)) {
             index_shard_removed(coordinator->index, node, &id, shard->generation,
                                 shard->shard_index);
+            placed_shard_removed(&coordinator->placed, &id, shard->generation, shard->shard_index,
+                                 node->node_id, node->info->incarnation);
         }
     }
     return request->n_removed != 0;

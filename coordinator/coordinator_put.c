@@ -500,6 +500,31 @@ static enum rk_status check_still_good(struct coordinator *coordinator, const st
     return status;
 }
 
+/* Puts the segment into the index. What its stores removed since they committed it is evicted:
+ * only the index lock keeps a heartbeat from coming in between. Under write_lock. */
+static enum rk_status show(struct coordinator *coordinator, const struct placed *placed,
+                           const struct segment_spec *spec, struct segment_location_spec *locations,
+                           struct index_drops *drops)
+{
+    bool as_saved = true;
+    enum rk_status status;
+
+    (void)pthread_mutex_lock(&coordinator->index_lock);
+    for (uint32_t i = 0; i < placed->num_shards; i++) {
+        if (placed->shards[i].removed) {
+            locations[i].state = LOCATION_EVICTED;
+            as_saved = false;
+        }
+    }
+    status = index_segment_put(coordinator->index, spec, rk_clock_ns(), drops);
+    if (status != RK_OK || !as_saved) {
+        /* The record on disk says more than is true: write it anew, or take it back. */
+        index_journal_add(coordinator->index, 's', &placed->id);
+    }
+    (void)pthread_mutex_unlock(&coordinator->index_lock);
+    return status;
+}
+
 /* Durable, then visible. */
 static enum rk_status publish(struct coordinator *coordinator, const struct placed *placed,
                               struct index_drops *drops, bool *ret_superseded,
@@ -536,14 +561,10 @@ static enum rk_status publish(struct coordinator *coordinator, const struct plac
         status = coordinator_save_commit(coordinator, &spec, placed->token_ids, error);
     }
     if (status == RK_OK && !*ret_superseded) {
-        (void)pthread_mutex_lock(&coordinator->index_lock);
-        status = index_segment_put(coordinator->index, &spec, rk_clock_ns(), drops);
+        status = show(coordinator, placed, &spec, locations, drops);
         if (status != RK_OK) {
-            /* The record is on disk, the segment is not in memory: take it back. */
-            index_journal_add(coordinator->index, 's', &placed->id);
             (void)out_of_memory(error);
         }
-        (void)pthread_mutex_unlock(&coordinator->index_lock);
         if (coordinator_flush(coordinator, false, NULL) != RK_OK) {
             RK_LOG_WARN("metadata_behind", "reason=%q", "the next sweep writes it again");
         }

@@ -594,6 +594,47 @@ static void a_silent_node_is_down_and_comes_back(void **state)
     expect(f, 1, "", true);
 }
 
+/* Of store 0, incarnation 11. On a thread of that store. */
+static void evict_at_once(void *context, uint64_t generation)
+{
+    struct fixture *f = context;
+    struct told told;
+    Redknot__V1__Shard *removed = &told.shard;
+    Redknot__V1__HeartbeatRequest request = REDKNOT__V1__HEARTBEAT_REQUEST__INIT;
+    ProtobufCMessage *reply = NULL;
+
+    tell(&told, 1, generation);
+    request.node_id = (char *)(uintptr_t)store_name(0);
+    request.incarnation = 11;
+    request.n_removed = 1;
+    request.removed = &removed;
+    RK_ASSERT(rk_rpc_unary(f->channel, M("Heartbeat"), &request.base,
+                           &redknot__v1__heartbeat_reply__descriptor, CALL_MS, &reply,
+                           NULL) == RK_OK);
+    rk_rpc_message_free(reply);
+}
+
+/* The eviction is told before the put is visible: it must not be forgotten, or nobody would store
+ * the segment again. */
+static void evicted_before_it_is_published(void **state)
+{
+    struct fixture *f = *state;
+    uint64_t generation;
+
+    join(f, 0, 11);
+    f->stores[0].committed = evict_at_once;
+    f->stores[0].committed_context = f;
+    generation = put(f, 1);
+    f->stores[0].committed = NULL;
+    expect(f, 1, "MISS_EVICTED", true);
+    down(f);
+    up(f);
+    (void)heartbeat(f, 0, 11, NULL);
+    expect(f, 1, "MISS_EVICTED", true); /* On disk, too. */
+    assert_true(put(f, 1) > generation);
+    expect(f, 1, "", true);
+}
+
 static void another_model_is_a_miss(void **state)
 {
     struct fixture *f = *state;
@@ -865,6 +906,7 @@ int main(void)
         TEST(a_dead_store_fails_the_commit_by_name),
         TEST(evicted_and_lost_keep_their_tokens),
         TEST(a_silent_node_is_down_and_comes_back),
+        TEST(evicted_before_it_is_published),
         TEST(another_model_is_a_miss),
         TEST(a_restart_is_warm),
         TEST(an_announcement_replaces),

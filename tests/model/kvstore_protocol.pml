@@ -12,8 +12,7 @@
  *   P3  The pins of a dead reader end, and the room of all that is not committed comes back.
  *   P4  A shard is visible only after its last page; of a put all shards are located, or none.
  *   P5  No process is stuck, and never are more pages in use than there are.
- *   P6  In the end the index and the store agree on what is present. Not quite so in the C
- *       code: see README.md and the FIX_ below.
+ *   P6  In the end the index and the store agree on what is present.
  *
  * BUG_ are seeded bugs: each must be found.
  */
@@ -82,9 +81,7 @@ byte registered; /* incarnation */
 byte indexed;    /* generation; 0: the segment is not known */
 bool present[SHARDS];
 byte tombstone; /* generation */
-#ifdef FIX_REMOVED_WHILE_PLACED
 byte placed_removed; /* a bit per object */
-#endif
 
 byte events;
 byte busy = 4; /* writers and readers that are not done: events happen only meanwhile */
@@ -379,7 +376,7 @@ inline publish(g)
             :: present[m] && indexed < g -> n = OBJECT(indexed, m); store_drop(n)
             :: else
             fi;
-#ifdef FIX_REMOVED_WHILE_PLACED
+#ifndef BUG_REMOVED_WHILE_PLACED
             present[m] = (placed_removed & BIT(OBJECT(g, m))) == 0
 #else
             present[m] = true
@@ -422,9 +419,7 @@ inline heartbeat()
     for (n : 0 .. OBJECTS - 1) {
         if
         :: (removed & BIT(n)) && indexed == GENERATION(n) -> present[SHARD(n)] = false
-#ifdef FIX_REMOVED_WHILE_PLACED
         :: (removed & BIT(n)) && placed[GENERATION(n)] -> placed_removed = placed_removed | BIT(n)
-#endif
         :: else
         fi
     }
@@ -698,12 +693,10 @@ proctype Final()
             assert(!pinned[i]) /* P3 */
         }
         assert(in_use == NUM_COMMITTED * PAGES); /* P3 */
-#ifdef CHECK_INDEX
         for (i : 0 .. SHARDS - 1) {
             assert(present[i] == (committed[i] != 0)); /* P6 */
             assert(committed[i] == 0 || committed[i] == indexed) /* P6 */
         }
-#endif
     }
 }
 #endif
