@@ -251,7 +251,9 @@ enum rk_status coordinator_drop(struct coordinator *coordinator, struct arena *a
         struct index_segment *segment = index_segment_find(coordinator->index, &ids[i]);
 
         if (segment != NULL) {
-            status = index_segment_drop(coordinator->index, segment, rk_clock_ns(), &drops);
+            /* Also what is placed now, but not yet committed, is not wanted any more. */
+            status = index_segment_drop(coordinator->index, segment,
+                                        coordinator->generation_next - 1, rk_clock_ns(), &drops);
             reply->dropped += status == RK_OK ? 1 : 0;
         }
     }

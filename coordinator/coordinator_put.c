@@ -472,8 +472,8 @@ void coordinator_undo_placed(struct coordinator *coordinator, const struct place
     }
 }
 
-/* Under write_lock: is it still the newest, and are its stores what they were? *ret_superseded
- * with RK_OK: a newer one can be read, so this one is not wanted any more. */
+/* Under write_lock: is it still the newest, not dropped, and are its stores what they were?
+ * *ret_superseded with RK_OK: a newer one can be read, so this one is not wanted any more. */
 static enum rk_status check_still_good(struct coordinator *coordinator, const struct placed *placed,
                                        bool *ret_superseded, struct rk_error *error)
 {
@@ -483,7 +483,11 @@ static enum rk_status check_still_good(struct coordinator *coordinator, const st
     (void)pthread_mutex_lock(&coordinator->index_lock);
     segment = index_segment_find(coordinator->index, &placed->id);
     *ret_superseded = segment != NULL && segment->generation > placed->generation;
-    if (*ret_superseded) {
+    if (placed->generation <= index_tombstone_generation(coordinator->index, &placed->id)) {
+        *ret_superseded = false;
+        status = rk_error_set(error, RK_MISS_STALE_GENERATION,
+                              "this segment was dropped after the put was placed; place it again");
+    } else if (*ret_superseded) {
         status = superseded(coordinator, segment, error);
     }
     for (uint32_t i = 0; status == RK_OK && !*ret_superseded && i < placed->num_shards; i++) {

@@ -149,9 +149,11 @@ struct index_segment *index_segment_find(struct index *index, const struct rk_id
  * supersedes goes to drops. Unknown nodes make lost locations. */
 RK_MUST_CHECK enum rk_status index_segment_put(struct index *index, const struct segment_spec *spec,
                                                int64_t now_ns, struct index_drops *drops);
-/* Forgets it and keeps a tombstone. */
+/* Forgets it and keeps a tombstone of this generation, or of the segment's own if that is higher.
+ */
 RK_MUST_CHECK enum rk_status index_segment_drop(struct index *index, struct index_segment *segment,
-                                                int64_t now_ns, struct index_drops *drops);
+                                                uint64_t generation, int64_t now_ns,
+                                                struct index_drops *drops);
 /* The store says that it gave this shard up. Others' and older ones are ignored. */
 void index_shard_removed(struct index *index, struct index_node *node, const struct rk_id *id,
                          uint64_t generation, uint32_t shard_index);

@@ -635,6 +635,71 @@ static void evicted_before_it_is_published(void **state)
     expect(f, 1, "", true);
 }
 
+/* What was placed before a drop must not bring the segment back, whichever of the two is newer. */
+static void a_put_from_before_the_drop_is_refused(void **state)
+{
+    struct fixture *f = *state;
+    uint64_t generations[3];
+
+    join(f, 0, 11);
+    for (int i = 0; i < 3; i++) {
+        generations[i] = place_ok(f, 1);
+    }
+    assert_int_equal(commit(f, 1, generations[1]), RK_OK);
+    assert_int_equal(drop(f, 1), 1);
+    int commits = atomic_load(&f->stores[0].commits);
+    for (int i = 0; i < 3; i += 2) {
+        int aborts = atomic_load(&f->stores[0].aborts);
+
+        assert_int_equal(commit(f, 1, generations[i]), RK_MISS_STALE_GENERATION);
+        assert_non_null(strstr(f->last_error, "dropped"));
+        assert_int_equal(atomic_load(&f->stores[0].aborts), aborts + 1);
+        expect(f, 1, "MISS_ABSENT", false);
+    }
+    assert_int_equal(atomic_load(&f->stores[0].commits), commits); /* The store was not asked. */
+    assert_true(put(f, 1) > generations[2]);
+    expect(f, 1, "", true);
+}
+
+/* On a thread of the store. */
+static void drop_at_once(void *context, uint64_t generation)
+{
+    struct fixture *f = context;
+    uint8_t segment_id[32] = {1};
+    ProtobufCBinaryData ids[1] = {bytes_of(segment_id)};
+    Redknot__V1__DropRequest request = REDKNOT__V1__DROP_REQUEST__INIT;
+    ProtobufCMessage *reply = NULL;
+
+    (void)generation;
+    request.n_segment_ids = 1;
+    request.segment_ids = ids;
+    RK_ASSERT(rk_rpc_unary(f->channel, M("Drop"), &request.base,
+                           &redknot__v1__drop_reply__descriptor, CALL_MS, &reply, NULL) == RK_OK);
+    rk_rpc_message_free(reply);
+}
+
+/* The drop comes when the store has committed already: the shard there is taken back, too. */
+static void a_drop_during_the_commit_wins(void **state)
+{
+    struct fixture *f = *state;
+    uint64_t first;
+    uint64_t second;
+
+    join(f, 0, 11);
+    first = place_ok(f, 1);
+    second = place_ok(f, 1);
+    assert_int_equal(commit(f, 1, first), RK_OK);
+    f->stores[0].committed = drop_at_once;
+    f->stores[0].committed_context = f;
+    assert_int_equal(commit(f, 1, second), RK_MISS_STALE_GENERATION);
+    f->stores[0].committed = NULL;
+    assert_true(atomic_load(&f->stores[0].last_dropped) == second);
+    expect(f, 1, "MISS_ABSENT", false);
+    down(f);
+    up(f);
+    expect(f, 1, "MISS_ABSENT", false);
+}
+
 static void another_model_is_a_miss(void **state)
 {
     struct fixture *f = *state;
@@ -907,6 +972,8 @@ int main(void)
         TEST(evicted_and_lost_keep_their_tokens),
         TEST(a_silent_node_is_down_and_comes_back),
         TEST(evicted_before_it_is_published),
+        TEST(a_put_from_before_the_drop_is_refused),
+        TEST(a_drop_during_the_commit_wins),
         TEST(another_model_is_a_miss),
         TEST(a_restart_is_warm),
         TEST(an_announcement_replaces),

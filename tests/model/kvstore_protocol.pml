@@ -13,6 +13,7 @@
  *   P4  A shard is visible only after its last page; of a put all shards are located, or none.
  *   P5  No process is stuck, and never are more pages in use than there are.
  *   P6  In the end the index and the store agree on what is present.
+ *   P7  What was placed before a drop is never visible after it.
  *
  * BUG_ are seeded bugs: each must be found.
  */
@@ -81,6 +82,7 @@ byte registered; /* incarnation */
 byte indexed;    /* generation; 0: the segment is not known */
 bool present[SHARDS];
 byte tombstone; /* generation */
+byte dropped;   /* for the assertions only: the newest generation when the last drop came */
 byte placed_removed; /* a bit per object */
 
 byte events;
@@ -362,7 +364,10 @@ inline place()
 
 inline check_still_good(g)
 {
-    ok = indexed <= g && placed_at == registered
+    ok = indexed <= g && placed_at == registered;
+#ifndef BUG_COMMIT_DROPPED
+    ok = ok && g > tombstone
+#endif
 }
 
 inline publish(g)
@@ -408,6 +413,7 @@ inline locate(r)
             n = OBJECT(indexed, i);
             assert(object[n].fate != 0) /* P4 */
         }
+        assert(indexed > dropped); /* P7 */
         printf("reader %d: locates generation %d\n", r, indexed);
         wanted[r] = indexed
     :: else
@@ -631,7 +637,12 @@ end:
         EVENT_MAY_HAPPEN && indexed != 0 ->
         events++;
         printf("coordinator: drops generation %d\n", indexed);
+        dropped = generations;
+#ifndef BUG_DROP_VISIBLE_ONLY
+        tombstone = generations;
+#else
         tombstone = indexed;
+#endif
         for (m : 0 .. SHARDS - 1) {
             if
             :: present[m] ->
@@ -697,6 +708,7 @@ proctype Final()
             assert(present[i] == (committed[i] != 0)); /* P6 */
             assert(committed[i] == 0 || committed[i] == indexed) /* P6 */
         }
+        assert(indexed == 0 || indexed > dropped) /* P7 */
     }
 }
 #endif
