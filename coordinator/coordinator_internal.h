@@ -134,6 +134,9 @@ enum rk_status coordinator_drop(struct coordinator *coordinator, struct arena *a
 enum rk_status coordinator_status(struct coordinator *coordinator, struct arena *arena,
                                   const ProtobufCMessage *request, ProtobufCMessage **ret_reply,
                                   struct rk_error *error);
+enum rk_status coordinator_list_stores(struct coordinator *coordinator, struct arena *arena,
+                                       const ProtobufCMessage *request,
+                                       ProtobufCMessage **ret_reply, struct rk_error *error);
 
 /* Tells store nodes to give shards up; best effort, within timeout_ms in all. No locks held. */
 void coordinator_send_drops(struct coordinator *coordinator, const struct index_drops *drops,

@@ -127,7 +127,7 @@ static enum rk_status try_register(struct fixture *f, int i, uint64_t incarnatio
     info.role = REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE;
     info.incarnation = incarnation;
     info.grpc_address = f->stores[i].address;
-    info.capacity_bytes = 1u << 30;
+    info.capacity_bytes = (uint64_t)(i + 1) << 30;
     request.node = &info;
     status =
         call(f, M("RegisterNode"), &request.base, &redknot__v1__register_reply__descriptor, &reply);
@@ -945,6 +945,83 @@ static void status_tells_nodes_and_segments(void **state)
     rk_rpc_message_free(&reply->base);
 }
 
+static Redknot__V1__ListStoresReply *list_stores(struct fixture *f)
+{
+    Redknot__V1__ListStoresRequest request = REDKNOT__V1__LIST_STORES_REQUEST__INIT;
+    Redknot__V1__ListStoresReply *reply = NULL;
+
+    assert_int_equal(call(f, M("ListStores"), &request.base,
+                          &redknot__v1__list_stores_reply__descriptor, (ProtobufCMessage **)&reply),
+                     RK_OK);
+    assert_true(reply->epoch == coordinator_epoch(f->coordinator));
+    return reply;
+}
+
+/* 0 when the store is not listed. */
+static double listed_weight(struct fixture *f, int i)
+{
+    Redknot__V1__ListStoresReply *reply = list_stores(f);
+    double weight = 0;
+
+    for (size_t n = 0; n < reply->n_stores; n++) {
+        if (strcmp(reply->stores[n]->endpoint->node_id, store_name(i)) == 0) {
+            weight = reply->stores[n]->weight;
+            assert_string_equal(reply->stores[n]->endpoint->grpc_address, f->stores[i].address);
+            assert_true(reply->stores[n]->endpoint->incarnation != 0);
+        }
+    }
+    rk_rpc_message_free(&reply->base);
+    return weight;
+}
+
+static void stores_are_listed_by_capacity(void **state)
+{
+    struct fixture *f = *state;
+    Redknot__V1__NodeInfo worker = REDKNOT__V1__NODE_INFO__INIT;
+    Redknot__V1__RegisterRequest request = REDKNOT__V1__REGISTER_REQUEST__INIT;
+    Redknot__V1__HeartbeatRequest beat = REDKNOT__V1__HEARTBEAT_REQUEST__INIT;
+    Redknot__V1__ListStoresReply *stores = list_stores(f);
+    ProtobufCMessage *reply = NULL;
+    double weight;
+
+    assert_int_equal(stores->n_stores, 0);
+    rk_rpc_message_free(&stores->base);
+    worker.node_id = (char *)(uintptr_t) "worker";
+    worker.role = REDKNOT__V1__NODE_INFO__ROLE__ROLE_WORKER;
+    worker.incarnation = 5;
+    worker.grpc_address = (char *)(uintptr_t) "127.0.0.1:1";
+    request.node = &worker;
+    assert_int_equal(
+        call(f, M("RegisterNode"), &request.base, &redknot__v1__register_reply__descriptor, &reply),
+        RK_OK);
+    rk_rpc_message_free(reply);
+    join(f, 0, 11);
+    join(f, 1, 12);
+    stores = list_stores(f);
+    assert_int_equal(stores->n_stores, 2); /* No worker. */
+    rk_rpc_message_free(&stores->base);
+    weight = listed_weight(f, 0);
+    assert_true(weight > 0);
+    assert_true(listed_weight(f, 1) == 2 * weight);
+    /* What is used changes from call to call, and keys would move with it. */
+    beat.node_id = (char *)(uintptr_t)store_name(0);
+    beat.incarnation = 11;
+    beat.used_bytes = 1u << 30;
+    assert_int_equal(
+        call(f, M("Heartbeat"), &beat.base, &redknot__v1__heartbeat_reply__descriptor, &reply),
+        RK_OK);
+    rk_rpc_message_free(reply);
+    assert_true(listed_weight(f, 0) == weight);
+    down(f); /* Known from disk, but nobody has spoken yet. */
+    up(f);
+    stores = list_stores(f);
+    assert_int_equal(stores->n_stores, 0);
+    rk_rpc_message_free(&stores->base);
+    (void)heartbeat(f, 1, 12, NULL);
+    assert_true(listed_weight(f, 0) == 0);
+    assert_true(listed_weight(f, 1) == 2 * weight);
+}
+
 static void a_second_coordinator_is_refused(void **state)
 {
     struct fixture *f = *state;
@@ -983,6 +1060,7 @@ int main(void)
         TEST(segments_are_bounded),
         TEST(garbage_is_refused),
         TEST(status_tells_nodes_and_segments),
+        TEST(stores_are_listed_by_capacity),
         TEST(a_second_coordinator_is_refused),
     };
 
