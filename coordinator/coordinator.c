@@ -94,8 +94,9 @@ static enum rk_status build(struct coordinator *coordinator, struct rk_error *er
         .calls_max = CALLS_MAX,
         .default_deadline_ms = DEFAULT_DEADLINE_MS,
     };
-    enum rk_status status = index_create(
-        options->segments_max, (int64_t)options->timeout_ms * 1000000, &coordinator->index);
+    enum rk_status status =
+        index_create(options->segments_max, (int64_t)options->timeout_ms * 1000000,
+                     (int64_t)options->slow_start_ms * 1000000, &coordinator->index);
 
     if (status == RK_OK) {
         status = peers_create(&coordinator->peers);

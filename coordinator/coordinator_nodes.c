@@ -112,7 +112,7 @@ enum rk_status coordinator_heartbeat(struct coordinator *coordinator, struct are
         /* After a restart of ours it counts as alive at once, and is asked for its inventory:
          * evictions that it reported while we were away are in there. */
         reply->register_again = !node->registered;
-        node->heard_ns = rk_clock_ns();
+        index_node_heard(coordinator->index, node, rk_clock_ns());
         node->info->used_bytes = request->used_bytes;
         changed = apply_removed(coordinator, node, request);
     }
@@ -274,6 +274,8 @@ static enum rk_status apply(struct coordinator *coordinator, struct announcement
                                 announcement->num_shards - num_aside, since, rk_clock_ns(), drops);
         if (status != RK_OK) {
             (void)out_of_memory(error);
+        } else if (announcement->num_shards != 0) {
+            liveness_announced(&node->liveness);
         }
     }
     (void)pthread_mutex_unlock(&coordinator->index_lock);

@@ -182,8 +182,7 @@ static enum rk_status find_candidates(struct coordinator *coordinator, struct ar
     for (struct index_node *node = first; node != NULL; node = node->hh.next) {
         const Redknot__V1__NodeInfo *info = node->info;
 
-        if (info->role != REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE ||
-            !index_node_alive(coordinator->index, node, now_ns)) {
+        if (!index_node_usable(coordinator->index, node, now_ns)) {
             continue;
         }
         if (info->capacity_bytes != 0 && info->capacity_bytes < shard_bytes) {
@@ -193,7 +192,8 @@ static enum rk_status find_candidates(struct coordinator *coordinator, struct ar
         candidates.nodes[candidates.count] = node;
         candidates.rows[candidates.count++] = (struct placement_node){
             .node_id = node->node_id,
-            .weight = placement_weight(info->capacity_bytes, info->used_bytes),
+            .weight = placement_weight(info->capacity_bytes, info->used_bytes) *
+                      index_node_factor(coordinator->index, node, now_ns),
         };
     }
     *ret_candidates = candidates;

@@ -8,8 +8,10 @@ static enum rk_status out_of_memory(struct rk_error *error)
     return rk_error_set(error, RK_ERR_NO_MEMORY, "the coordinator is out of memory");
 }
 
+/* share: of slow start. */
 static Redknot__V1__ListStoresReply__Store *store_message(struct arena *arena,
-                                                          const struct index_node *node)
+                                                          const struct index_node *node,
+                                                          double share)
 {
     Redknot__V1__ListStoresReply__Store *store = arena_alloc(arena, 1, sizeof(*store));
 
@@ -19,7 +21,7 @@ static Redknot__V1__ListStoresReply__Store *store_message(struct arena *arena,
     redknot__v1__list_stores_reply__store__init(store);
     store->endpoint = coordinator_endpoint_message(arena, node);
     /* As if empty: clients that hash keys over nodes agree over time only if weights rest. */
-    store->weight = placement_weight(node->info->capacity_bytes, 0);
+    store->weight = placement_weight(node->info->capacity_bytes, 0) * share;
     return store->endpoint == NULL ? NULL : store;
 }
 
@@ -29,17 +31,20 @@ static enum rk_status fill_stores(struct coordinator *coordinator, struct arena 
 {
     struct index_node *first = index_nodes(coordinator->index);
     int64_t now_ns = rk_clock_ns();
+    double factor_max = index_factor_max(coordinator->index, now_ns);
 
     reply->stores = arena_alloc(arena, HASH_COUNT(first), sizeof(*reply->stores));
     if (reply->stores == NULL) {
         return RK_ERR_NO_MEMORY;
     }
     for (struct index_node *node = first; node != NULL; node = node->hh.next) {
-        if (node->info->role != REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE ||
-            !index_node_alive(coordinator->index, node, now_ns)) {
+        double factor = index_node_factor(coordinator->index, node, now_ns);
+
+        if (!index_node_usable(coordinator->index, node, now_ns)) {
             continue;
         }
-        reply->stores[reply->n_stores] = store_message(arena, node);
+        reply->stores[reply->n_stores] =
+            store_message(arena, node, liveness_share(factor, factor_max));
         if (reply->stores[reply->n_stores++] == NULL) {
             return RK_ERR_NO_MEMORY;
         }

@@ -19,6 +19,7 @@
 #include "common/base/id.h"
 #include "common/base/kv_layout.h"
 #include "common/base/status.h"
+#include "coordinator/liveness.h"
 #include "coordinator/table_internal.h"
 #include "redknot/v1/coordinator.pb-c.h"
 
@@ -38,6 +39,7 @@ struct index_node {
     int64_t heard_ns;            /* last sign of life; 0: none since this process began */
     bool registered;             /* since this process began */
     bool was_alive;              /* for the log: changes are told once */
+    struct liveness liveness;    /* of stores */
     uint64_t visit;              /* scratch of whoever walks over nodes */
     uint64_t num_locations;
     struct index_location *locations; /* present ones */
@@ -124,8 +126,9 @@ struct index_announced {
 
 struct index;
 
+/* slow_start_ns 0: stores that come get their full share at once. */
 RK_MUST_CHECK enum rk_status index_create(uint32_t segments_max, int64_t timeout_ns,
-                                          struct index **ret_index);
+                                          int64_t slow_start_ns, struct index **ret_index);
 void index_destroy(struct index *index); /* accepts NULL */
 
 /* ---- Nodes ---- */
@@ -138,7 +141,14 @@ RK_MUST_CHECK enum rk_status index_node_register(struct index *index,
 RK_MUST_CHECK enum rk_status index_node_load(struct index *index,
                                              const Redknot__V1__NodeInfo *info);
 struct index_node *index_node_find(struct index *index, const char *node_id);
+/* A sign of life. A node that was down is back. */
+void index_node_heard(const struct index *index, struct index_node *node, int64_t now_ns);
 bool index_node_alive(const struct index *index, const struct index_node *node, int64_t now_ns);
+/* A store that may be placed on, and whose shards are located. */
+bool index_node_usable(const struct index *index, const struct index_node *node, int64_t now_ns);
+/* Of slow start: the part of its weight that it gets now, and the highest of the usable stores. */
+double index_node_factor(const struct index *index, const struct index_node *node, int64_t now_ns);
+double index_factor_max(const struct index *index, int64_t now_ns);
 struct index_node *index_nodes(struct index *index); /* first; walk with hh.next */
 uint64_t index_next_visit(struct index *index);      /* a value that no node's visit has */
 

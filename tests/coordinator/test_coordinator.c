@@ -1022,6 +1022,91 @@ static void stores_are_listed_by_capacity(void **state)
     assert_true(listed_weight(f, 1) == 2 * weight);
 }
 
+/* A store is told of by an announcement that holds one shard, id. */
+static void announce_one(struct fixture *f, int i, uint64_t incarnation, uint8_t id)
+{
+    struct told told;
+    uint32_t accepted = 0;
+    size_t dropped = 0;
+
+    tell(&told, id, 17);
+    assert_int_equal(announce(f, i, incarnation, &told, 1, &accepted, &dropped), RK_OK);
+    assert_int_equal(accepted, 1);
+}
+
+static void a_new_store_starts_slowly(void **state)
+{
+    struct fixture *f = *state;
+    int placed[2] = {0, 0};
+    double weight;
+
+    down(f);
+    f->options.slow_start_ms = 600000;
+    up(f);
+    join(f, 0, 11);
+    weight = listed_weight(f, 0);
+    join(f, 1, 12);
+    /* All are new: they share alike. They came within a moment, so their factors are as good as
+     * equal, and so are their shares. */
+    assert_true(listed_weight(f, 0) == weight);
+    assert_true(listed_weight(f, 1) == 2 * weight);
+    announce_one(f, 0, 11, 201); /* It holds something: it was not new, we forgot it. */
+    assert_true(listed_weight(f, 0) == weight);
+    assert_true(listed_weight(f, 1) == 2 * weight / 8);
+    for (uint8_t id = 1; id <= 200; id++) { /* 1 against 2/8 for store 1: 40 of them, +- 6. */
+        Redknot__V1__PlaceReply *reply = NULL;
+
+        assert_int_equal(place(f, id, 10, &reply), RK_OK);
+        placed[strcmp(reply->shards[0]->node_id, store_name(1)) == 0]++;
+        rk_rpc_message_free(&reply->base);
+    }
+    assert_true(placed[1] > 12 && placed[1] < 68);
+    join(f, 0, 21); /* Another incarnation is new, and nothing is left that is not. */
+    assert_true(listed_weight(f, 0) == weight);
+    assert_true(listed_weight(f, 1) == 2 * weight);
+}
+
+static void a_restart_of_ours_makes_nobody_new(void **state)
+{
+    struct fixture *f = *state;
+    double weight;
+
+    down(f);
+    f->options.slow_start_ms = 600000;
+    up(f);
+    join(f, 0, 11);
+    join(f, 1, 12);
+    weight = listed_weight(f, 0);
+    down(f);
+    up(f);
+    (void)heartbeat(f, 0, 11, NULL);
+    join(f, 0, 11);
+    join(f, 1, 13); /* This one is. */
+    assert_true(listed_weight(f, 0) == weight);
+    assert_true(listed_weight(f, 1) == 2 * weight / 8);
+}
+
+static void a_share_grows_to_its_whole(void **state)
+{
+    struct fixture *f = *state;
+    int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
+    double last = 0;
+    double weight = 0;
+
+    down(f);
+    f->options.slow_start_ms = 500;
+    up(f);
+    join(f, 0, 11);
+    announce_one(f, 0, 11, 201);
+    join(f, 1, 12);
+    while (weight < 2 * listed_weight(f, 0) && rk_deadline_left_ms(deadline_ns) != 0) {
+        weight = listed_weight(f, 1);
+        assert_true(weight >= last);
+        last = weight;
+    }
+    assert_true(weight == 2 * listed_weight(f, 0));
+}
+
 static void a_second_coordinator_is_refused(void **state)
 {
     struct fixture *f = *state;
@@ -1061,6 +1146,9 @@ int main(void)
         TEST(garbage_is_refused),
         TEST(status_tells_nodes_and_segments),
         TEST(stores_are_listed_by_capacity),
+        TEST(a_new_store_starts_slowly),
+        TEST(a_restart_of_ours_makes_nobody_new),
+        TEST(a_share_grows_to_its_whole),
         TEST(a_second_coordinator_is_refused),
     };
 
