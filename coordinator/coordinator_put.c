@@ -162,6 +162,7 @@ struct candidates {
     struct index_node **nodes;
     size_t count;
     size_t num_too_small;
+    size_t num_ejected;
 };
 
 /* Under index_lock: live stores that could ever hold such a shard. */
@@ -183,6 +184,8 @@ static enum rk_status find_candidates(struct coordinator *coordinator, struct ar
         const Redknot__V1__NodeInfo *info = node->info;
 
         if (!index_node_usable(coordinator->index, node, now_ns)) {
+            candidates.num_ejected +=
+                index_node_alive(coordinator->index, node, now_ns) && node->liveness.ejected;
             continue;
         }
         if (info->capacity_bytes != 0 && info->capacity_bytes < shard_bytes) {
@@ -266,6 +269,12 @@ static enum rk_status place_new(struct coordinator *coordinator, struct arena *a
                                 "a shard of %" PRIu64 " bytes fits in none of the %zu stores; use "
                                 "shorter segments or more --shards-per-segment",
                                 bytes, candidates.num_too_small);
+        }
+        if (candidates.num_ejected != 0) {
+            return rk_error_set(error, RK_ERR_UNAVAILABLE,
+                                "all %zu living store nodes are ejected, for they do not answer; "
+                                "the coordinator's log has the reasons",
+                                candidates.num_ejected);
         }
         return rk_error_set(error, RK_ERR_UNAVAILABLE,
                             "no store node is alive; start redknot-kvstore");
@@ -408,6 +417,21 @@ static enum rk_status begin_commit(struct coordinator *coordinator, const struct
     return status;
 }
 
+/* What a commit says of its store. Less time than a probe has proves nothing. */
+static void note_answer(struct coordinator *coordinator, const struct placed_shard *shard,
+                        enum rk_status status, int left_ms, const struct rk_error *error)
+{
+    bool late = status == RK_ERR_DEADLINE;
+
+    if (status == RK_ERR_UNAVAILABLE ||
+        (late && (uint32_t)left_ms >= coordinator->options.probe_timeout_ms)) {
+        coordinator_store_failed(coordinator, shard->node_id, shard->incarnation,
+                                 error == NULL ? "" : error->text);
+    } else if (status == RK_OK || (!late && error != NULL && error->answered)) {
+        coordinator_store_answered(coordinator, shard->node_id, shard->incarnation);
+    }
+}
+
 static enum rk_status commit_on_stores(struct coordinator *coordinator, const struct placed *placed,
                                        uint32_t *ret_tried, struct rk_error *error)
 {
@@ -423,6 +447,7 @@ static enum rk_status commit_on_stores(struct coordinator *coordinator, const st
                               : peers_call(coordinator->peers, PEERS_COMMIT, shard->address,
                                            &placed->id, placed->generation, i, left_ms, error);
 
+        note_answer(coordinator, shard, status, left_ms, error);
         if (status != RK_OK) {
             rk_error_prefix(error, "store node %s (%s) did not commit shard %u", shard->node_id,
                             shard->address, i);

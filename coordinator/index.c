@@ -96,7 +96,35 @@ void index_node_heard(const struct index *index, struct index_node *node, int64_
 bool index_node_usable(const struct index *index, const struct index_node *node, int64_t now_ns)
 {
     return node->info->role == REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE &&
-           index_node_alive(index, node, now_ns);
+           index_node_alive(index, node, now_ns) && !node->liveness.ejected;
+}
+
+enum node_state index_node_state(const struct index *index, const struct index_node *node,
+                                 double factor_max, int64_t now_ns)
+{
+    if (!index_node_alive(index, node, now_ns)) {
+        return NODE_DOWN;
+    }
+    if (node->liveness.ejected) {
+        return NODE_EJECTED;
+    }
+    if (index_node_usable(index, node, now_ns) &&
+        liveness_share(index_node_factor(index, node, now_ns), factor_max) < 1.0) {
+        return NODE_SLOW_START;
+    }
+    return NODE_UP;
+}
+
+const char *index_node_state_name(enum node_state state)
+{
+    static const char *const names[NODE_STATE_COUNT] = {
+        [NODE_UP] = "up",
+        [NODE_DOWN] = "down",
+        [NODE_EJECTED] = "ejected",
+        [NODE_SLOW_START] = "slow start",
+    };
+
+    return names[state];
 }
 
 double index_node_factor(const struct index *index, const struct index_node *node, int64_t now_ns)
@@ -194,6 +222,7 @@ enum rk_status index_node_register(struct index *index, const Redknot__V1__NodeI
     } else {
         if (node->info->incarnation != info->incarnation) {
             node_lose_all(index, node);
+            node->liveness = (struct liveness){0}; /* What failed was the former process. */
             liveness_came(&node->liveness, false, now_ns);
         }
         record_free(&node->info->base);

@@ -33,6 +33,14 @@ enum location_state {
     LOCATION_LOST, /* its node restarted */
 };
 
+enum node_state {
+    NODE_UP,
+    NODE_DOWN,       /* silent */
+    NODE_EJECTED,    /* alive, yet it does not answer */
+    NODE_SLOW_START, /* up, with a part of its share */
+    NODE_STATE_COUNT,
+};
+
 struct index_node {
     char *node_id;
     Redknot__V1__NodeInfo *info; /* own copy */
@@ -149,8 +157,12 @@ bool index_node_usable(const struct index *index, const struct index_node *node,
 /* Of slow start: the part of its weight that it gets now, and the highest of the usable stores. */
 double index_node_factor(const struct index *index, const struct index_node *node, int64_t now_ns);
 double index_factor_max(const struct index *index, int64_t now_ns);
-struct index_node *index_nodes(struct index *index); /* first; walk with hh.next */
-uint64_t index_next_visit(struct index *index);      /* a value that no node's visit has */
+/* factor_max: that of the index. */
+enum node_state index_node_state(const struct index *index, const struct index_node *node,
+                                 double factor_max, int64_t now_ns);
+const char *index_node_state_name(enum node_state state); /* "slow start" */
+struct index_node *index_nodes(struct index *index);      /* first; walk with hh.next */
+uint64_t index_next_visit(struct index *index);           /* a value that no node's visit has */
 
 /* ---- Segments ---- */
 
@@ -167,7 +179,7 @@ RK_MUST_CHECK enum rk_status index_segment_drop(struct index *index, struct inde
 /* The store says that it gave this shard up. Others' and older ones are ignored. */
 void index_shard_removed(struct index *index, struct index_node *node, const struct rk_id *id,
                          uint64_t generation, uint32_t shard_index);
-/* RK_OK: all shards are on live nodes. Else a miss. fingerprint NULL: any. */
+/* RK_OK: all shards are on usable nodes. Else a miss. fingerprint NULL: any. */
 enum rk_status index_segment_state(const struct index *index, const struct index_segment *segment,
                                    const struct rk_id *fingerprint, int64_t now_ns);
 void index_segment_touch(struct index *index, struct index_segment *segment);

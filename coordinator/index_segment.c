@@ -292,7 +292,7 @@ enum rk_status index_segment_state(const struct index *index, const struct index
             state = RK_MISS_NODE_DOWN;
             break;
         case LOCATION_PRESENT:
-            if (!index_node_alive(index, location->node, now_ns)) {
+            if (!index_node_usable(index, location->node, now_ns)) {
                 state = RK_MISS_NODE_DOWN;
             }
             break;
@@ -369,7 +369,7 @@ static enum rk_status announce_one(struct index *index, struct index_node *node,
     location = &segment->locations[shard->shard_index];
     if (location->node != NULL && location->node != node) {
         /* Two nodes with one shard: whoever serves it stays. */
-        announced->unwanted = index_node_alive(index, location->node, now_ns);
+        announced->unwanted = index_node_usable(index, location->node, now_ns);
     } else if (location->changed > since && location->state == LOCATION_EVICTED) {
         announced->unwanted = true; /* Evicted while it announced. */
     }

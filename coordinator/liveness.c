@@ -2,6 +2,33 @@
 
 #define FACTOR_FIRST (1.0 / LIVENESS_STEPS)
 
+bool liveness_failed(struct liveness *liveness, uint32_t failures_max)
+{
+    liveness->num_passed = 0;
+    if (liveness->ejected || ++liveness->num_failed < failures_max) {
+        return false;
+    }
+    liveness->ejected = true;
+    return true;
+}
+
+bool liveness_passed(struct liveness *liveness, int64_t now_ns)
+{
+    liveness->num_failed = 0;
+    if (!liveness->ejected || ++liveness->num_passed < LIVENESS_PASSES_TO_READMIT) {
+        return false;
+    }
+    liveness->ejected = false;
+    liveness->num_passed = 0;
+    liveness_came(liveness, false, now_ns);
+    return true;
+}
+
+void liveness_answered(struct liveness *liveness)
+{
+    liveness->num_failed = 0;
+}
+
 void liveness_came(struct liveness *liveness, bool unknown, int64_t now_ns)
 {
     liveness->came_ns = now_ns;

@@ -1,6 +1,7 @@
 /*
- * Goal:   a store that has just come gets a share that grows from an eighth to
- *         all of its own; stores that came together share alike.
+ * Goal:   failures in a row eject, passes in a row readmit; a store that has
+ *         just come gets a share that grows from an eighth to all of its own, and
+ *         stores that came together share alike.
  * Method: the functions with times that the test makes up.
  */
 #include "coordinator/liveness.h"
@@ -45,6 +46,45 @@ static void what_holds_shards_is_not_new(void **state)
     assert_true(liveness_factor(&liveness, SLOW_START, SECOND) == 0.125);
 }
 
+static void failures_in_a_row_eject(void **state)
+{
+    struct liveness liveness = {0};
+
+    (void)state;
+    for (int i = 0; i < 5; i++) { /* Not in a row. */
+        assert_false(liveness_failed(&liveness, 3));
+        assert_false(liveness_failed(&liveness, 3));
+        if (i % 2 == 0) {
+            assert_false(liveness_passed(&liveness, SECOND));
+        } else {
+            liveness_answered(&liveness);
+        }
+    }
+    assert_false(liveness_failed(&liveness, 3));
+    assert_false(liveness_failed(&liveness, 3));
+    assert_false(liveness.ejected);
+    assert_true(liveness_failed(&liveness, 3));
+    assert_true(liveness.ejected);
+    assert_false(liveness_failed(&liveness, 3)); /* Told once. */
+}
+
+static void two_probes_in_a_row_readmit(void **state)
+{
+    struct liveness liveness = {0};
+
+    (void)state;
+    assert_true(liveness_failed(&liveness, 1));
+    assert_false(liveness_passed(&liveness, 50 * SECOND));
+    assert_false(liveness_failed(&liveness, 1));
+    assert_false(liveness_passed(&liveness, 51 * SECOND));
+    liveness_answered(&liveness);
+    assert_true(liveness.ejected);
+    assert_true(liveness_passed(&liveness, 52 * SECOND));
+    assert_false(liveness.ejected);
+    assert_true(liveness_factor(&liveness, SLOW_START, 52 * SECOND) == 0.125);
+    assert_true(liveness_failed(&liveness, 1));
+}
+
 static void shares_are_eighths_of_the_highest(void **state)
 {
     (void)state;
@@ -60,6 +100,8 @@ static void shares_are_eighths_of_the_highest(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(failures_in_a_row_eject),
+        cmocka_unit_test(two_probes_in_a_row_readmit),
         cmocka_unit_test(the_factor_grows_linearly),
         cmocka_unit_test(what_holds_shards_is_not_new),
         cmocka_unit_test(shares_are_eighths_of_the_highest),
