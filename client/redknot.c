@@ -255,6 +255,11 @@ static struct rk_node_status node_from(const Redknot__V1__StatusReply__Node *nod
     } else if (info->role == REDKNOT__V1__NODE_INFO__ROLE__ROLE_WORKER) {
         role = RK_NODE_WORKER;
     }
+    /* A coordinator of an older version does not tell it. */
+    const char *state = node->alive ? "up" : "down";
+    if (node->state[0] != '\0') {
+        state = node->state;
+    }
     return (struct rk_node_status){.node_id = info->node_id,
                                    .role = role,
                                    .alive = node->alive,
@@ -265,7 +270,8 @@ static struct rk_node_status node_from(const Redknot__V1__StatusReply__Node *nod
                                    .capacity_bytes = info->capacity_bytes,
                                    .used_bytes = info->used_bytes,
                                    .num_shards = node->num_shards,
-                                   .heartbeat_age_ms = node->last_heartbeat_age_ms};
+                                   .heartbeat_age_ms = node->last_heartbeat_age_ms,
+                                   .state = state};
 }
 
 enum rk_status rk_client_status(struct rk_client *client, uint32_t segments_max,

@@ -181,6 +181,7 @@ struct rk_node_status {
     uint64_t used_bytes;
     uint64_t num_shards;
     uint64_t heartbeat_age_ms;
+    const char *state; /* "up", "down", "ejected": alive, yet it does not answer; "slow start" */
 };
 struct rk_segment_status {
     struct rk_id segment_id;

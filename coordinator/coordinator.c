@@ -26,6 +26,8 @@ static void set_defaults(const struct coordinator_options *options,
     filled.segments_max = filled.segments_max != 0 ? filled.segments_max : 1000000;
     filled.placed_expire_ms = filled.placed_expire_ms != 0 ? filled.placed_expire_ms : 60000;
     filled.store_deadline_ms = filled.store_deadline_ms != 0 ? filled.store_deadline_ms : 5000;
+    filled.probe_timeout_ms = filled.probe_timeout_ms != 0 ? filled.probe_timeout_ms : 500;
+    filled.probe_failures = filled.probe_failures != 0 ? filled.probe_failures : 3;
     *ret_options = filled;
 }
 
@@ -71,6 +73,16 @@ static void create_metrics(struct coordinator_metrics *metrics)
                 rk_metric_gauge("redknot_coordinator_nodes", "Nodes known.", labels[role][alive]);
         }
     }
+    for (int state = 0; state < NODE_STATE_COUNT; state++) {
+        char label[64];
+
+        (void)snprintf(label, sizeof(label), "state=\"%s\"",
+                       index_node_state_name((enum node_state)state));
+        metrics->stores[state] =
+            rk_metric_gauge("redknot_coordinator_stores", "Store nodes known, by state.", label);
+    }
+    metrics->ejections = rk_metric_counter("redknot_coordinator_ejections_total",
+                                           "Stores that reported but did not answer.", NULL);
 }
 
 static void init_locks(struct coordinator *coordinator)
@@ -94,8 +106,9 @@ static enum rk_status build(struct coordinator *coordinator, struct rk_error *er
         .calls_max = CALLS_MAX,
         .default_deadline_ms = DEFAULT_DEADLINE_MS,
     };
-    enum rk_status status = index_create(
-        options->segments_max, (int64_t)options->timeout_ms * 1000000, &coordinator->index);
+    enum rk_status status =
+        index_create(options->segments_max, (int64_t)options->timeout_ms * 1000000,
+                     (int64_t)options->slow_start_ms * 1000000, &coordinator->index);
 
     if (status == RK_OK) {
         status = peers_create(&coordinator->peers);
@@ -135,6 +148,7 @@ enum rk_status coordinator_create(const struct coordinator_options *options,
     coordinator->ops = &metadata_rocksdb;
     coordinator->started_ns = rk_clock_ns();
     init_locks(coordinator);
+    coordinator_prober_init(coordinator);
     create_metrics(&coordinator->metrics);
     status = build(coordinator, error);
     if (status != RK_OK) {
@@ -154,7 +168,9 @@ fail:
 static void watch_nodes(struct coordinator *coordinator)
 {
     double counts[2][2] = {{0}};
+    double stores[NODE_STATE_COUNT] = {0};
     int64_t now_ns = rk_clock_ns();
+    double factor_max = index_factor_max(coordinator->index, now_ns);
 
     for (struct index_node *node = index_nodes(coordinator->index); node != NULL;
          node = node->hh.next) {
@@ -162,6 +178,9 @@ static void watch_nodes(struct coordinator *coordinator)
         bool alive = index_node_alive(coordinator->index, node, now_ns);
 
         counts[worker][alive]++;
+        if (node->info->role == REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE) {
+            stores[index_node_state(coordinator->index, node, factor_max, now_ns)]++;
+        }
         if (alive != node->was_alive) {
             node->was_alive = alive;
             rk_log(alive ? RK_LOG_LEVEL_INFO : RK_LOG_LEVEL_WARN, alive ? "node_up" : "node_down",
@@ -173,6 +192,9 @@ static void watch_nodes(struct coordinator *coordinator)
         for (int alive = 0; alive < 2; alive++) {
             rk_metric_set(coordinator->metrics.nodes[role][alive], counts[role][alive]);
         }
+    }
+    for (int i = 0; i < NODE_STATE_COUNT; i++) {
+        rk_metric_set(coordinator->metrics.stores[i], stores[i]);
     }
 }
 
@@ -256,6 +278,10 @@ enum rk_status coordinator_start(struct coordinator *coordinator)
         return RK_ERR_NO_MEMORY;
     }
     coordinator->sweeping = true;
+    status = coordinator_prober_start(coordinator);
+    if (status != RK_OK) {
+        return status;
+    }
     status = rk_rpc_server_start(coordinator->server);
     coordinator->serving = status == RK_OK;
     return status;
@@ -273,6 +299,7 @@ uint64_t coordinator_epoch(const struct coordinator *coordinator)
 
 void coordinator_stop(struct coordinator *coordinator, int grace_ms)
 {
+    coordinator_prober_stop(coordinator);
     if (coordinator->serving) {
         rk_rpc_server_stop(coordinator->server, grace_ms);
         coordinator->serving = false;
@@ -298,6 +325,7 @@ void coordinator_destroy(struct coordinator *coordinator)
     placed_clear(&coordinator->placed);
     index_destroy(coordinator->index);
     coordinator->ops->close(coordinator->metadata);
+    coordinator_prober_destroy(coordinator);
     (void)pthread_cond_destroy(&coordinator->sweep_wake);
     (void)pthread_mutex_destroy(&coordinator->sweep_lock);
     (void)pthread_mutex_destroy(&coordinator->index_lock);

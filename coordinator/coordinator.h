@@ -30,6 +30,10 @@ struct coordinator_options {
     uint32_t segments_max;       /* segments known, with or without KV, 0: 1,000,000 */
     uint32_t placed_expire_ms;   /* placed but never committed, 0: 60,000 */
     uint32_t store_deadline_ms;  /* for one call to a store node, 0: 5,000 */
+    uint32_t probe_interval_ms; /* between health checks of a store, +-25 %; 0: none, no ejection */
+    uint32_t probe_timeout_ms;  /* for one of them, 0: 500 */
+    uint32_t probe_failures;    /* in a row eject a store, 0: 3 */
+    uint32_t slow_start_ms;     /* until a store that came has its full share, 0: at once */
 };
 
 /* Opens the database, loads it and binds the address. Serves nothing yet. */

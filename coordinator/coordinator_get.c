@@ -251,7 +251,9 @@ enum rk_status coordinator_drop(struct coordinator *coordinator, struct arena *a
         struct index_segment *segment = index_segment_find(coordinator->index, &ids[i]);
 
         if (segment != NULL) {
-            status = index_segment_drop(coordinator->index, segment, rk_clock_ns(), &drops);
+            /* Also what is placed now, but not yet committed, is not wanted any more. */
+            status = index_segment_drop(coordinator->index, segment,
+                                        coordinator->generation_next - 1, rk_clock_ns(), &drops);
             reply->dropped += status == RK_OK ? 1 : 0;
         }
     }
@@ -271,7 +273,8 @@ enum rk_status coordinator_drop(struct coordinator *coordinator, struct arena *a
 
 static Redknot__V1__StatusReply__Node *node_message(struct coordinator *coordinator,
                                                     struct arena *arena,
-                                                    const struct index_node *node, int64_t now_ns)
+                                                    const struct index_node *node,
+                                                    double factor_max, int64_t now_ns)
 {
     Redknot__V1__StatusReply__Node *message = arena_alloc(arena, 1, sizeof(*message));
     Redknot__V1__NodeInfo *info = arena_alloc(arena, 1, sizeof(*info));
@@ -302,6 +305,8 @@ static Redknot__V1__StatusReply__Node *node_message(struct coordinator *coordina
     redknot__v1__status_reply__node__init(message);
     message->info = info;
     message->alive = index_node_alive(coordinator->index, node, now_ns);
+    message->state = (char *)(uintptr_t)index_node_state_name(
+        index_node_state(coordinator->index, node, factor_max, now_ns));
     message->num_shards = node->num_locations;
     message->last_heartbeat_age_ms =
         node->heard_ns == 0 ? UINT64_MAX : (uint64_t)(now_ns - node->heard_ns) / 1000000;
@@ -349,6 +354,7 @@ static enum rk_status fill_status(struct coordinator *coordinator, struct arena 
     struct index_node *nodes = index_nodes(coordinator->index);
     uint64_t segments_max = request->segments_max == 0 ? STATUS_SEGMENTS : request->segments_max;
     int64_t now_ns = rk_clock_ns();
+    double factor_max = index_factor_max(coordinator->index, now_ns);
 
     reply->num_segments = index_num_segments(coordinator->index);
     segments_max = segments_max < STATUS_SEGMENTS_MAX ? segments_max : STATUS_SEGMENTS_MAX;
@@ -362,7 +368,7 @@ static enum rk_status fill_status(struct coordinator *coordinator, struct arena 
         return RK_ERR_NO_MEMORY;
     }
     for (struct index_node *node = nodes; node != NULL; node = node->hh.next) {
-        reply->nodes[reply->n_nodes] = node_message(coordinator, arena, node, now_ns);
+        reply->nodes[reply->n_nodes] = node_message(coordinator, arena, node, factor_max, now_ns);
         if (reply->nodes[reply->n_nodes++] == NULL) {
             return RK_ERR_NO_MEMORY;
         }

@@ -12,6 +12,7 @@ enum method {
     METHOD_LOCATE,
     METHOD_DROP,
     METHOD_STATUS,
+    METHOD_LIST_STORES,
     METHOD_COUNT,
 };
 
@@ -51,7 +52,8 @@ static enum rk_status unary(struct rk_rpc_call *call, void *context, enum method
     X(ABORT, abort, "Abort")                                                                       \
     X(LOCATE, locate, "Locate")                                                                    \
     X(DROP, drop, "Drop")                                                                          \
-    X(STATUS, status, "Status")
+    X(STATUS, status, "Status")                                                                    \
+    X(LIST_STORES, list_stores, "ListStores")
 
 #define UNARY_HANDLER(METHOD, name, word)                                                          \
     static enum rk_status name##_handler(struct rk_rpc_call *call, void *context,                  \

@@ -5,6 +5,7 @@
  *   write_lock  orders changes of the metadata database with those of the index;
  *               held during disk writes, never during a call to a store node.
  *   index_lock  guards index, placed and the counters; held for memory only.
+ *   sweep_lock and the prober's lock are leaves: what their threads wait on.
  */
 #ifndef RK_COORDINATOR_INTERNAL_H
 #define RK_COORDINATOR_INTERNAL_H
@@ -36,6 +37,21 @@ struct coordinator_metrics {
     struct rk_metric *metadata_bytes;
     struct rk_metric *metadata_ratio;
     struct rk_metric *nodes[2][2]; /* [worker][alive] */
+    struct rk_metric *stores[NODE_STATE_COUNT];
+    struct rk_metric *ejections;
+};
+
+struct probe_target;
+
+struct coordinator_prober {
+    pthread_t thread;
+    bool running;
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    bool stopping;                /* under lock */
+    struct probe_target *targets; /* of the round; under lock, to cancel their probes */
+    size_t num_targets;
+    unsigned random_state; /* the thread's */
 };
 
 struct coordinator {
@@ -63,6 +79,8 @@ struct coordinator {
     bool stopping; /* under sweep_lock */
     pthread_mutex_t sweep_lock;
     pthread_cond_t sweep_wake;
+
+    struct coordinator_prober prober;
 
     struct coordinator_metrics metrics;
 };
@@ -134,6 +152,24 @@ enum rk_status coordinator_drop(struct coordinator *coordinator, struct arena *a
 enum rk_status coordinator_status(struct coordinator *coordinator, struct arena *arena,
                                   const ProtobufCMessage *request, ProtobufCMessage **ret_reply,
                                   struct rk_error *error);
+enum rk_status coordinator_list_stores(struct coordinator *coordinator, struct arena *arena,
+                                       const ProtobufCMessage *request,
+                                       ProtobufCMessage **ret_reply, struct rk_error *error);
+
+/* ---- coordinator_probe.c: does a store that reports answer, too? ---- */
+
+void coordinator_prober_init(struct coordinator *coordinator);
+RK_MUST_CHECK enum rk_status coordinator_prober_start(struct coordinator *coordinator);
+/* Cancels the probes that run. Accepts one that does not run. */
+void coordinator_prober_stop(struct coordinator *coordinator);
+void coordinator_prober_destroy(struct coordinator *coordinator);
+/* Of calls other than probes; each failure counts like that of a probe. No locks held. */
+void coordinator_store_answered(struct coordinator *coordinator, const char *node_id,
+                                uint64_t incarnation);
+void coordinator_store_failed(struct coordinator *coordinator, const char *node_id,
+                              uint64_t incarnation, const char *reason);
+
+/* ---- What the handlers share ---- */
 
 /* Tells store nodes to give shards up; best effort, within timeout_ms in all. No locks held. */
 void coordinator_send_drops(struct coordinator *coordinator, const struct index_drops *drops,

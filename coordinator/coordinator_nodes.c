@@ -64,7 +64,9 @@ enum rk_status coordinator_register(struct coordinator *coordinator, struct aren
     return RK_OK;
 }
 
-/* Under index_lock. True when something of what the database holds changed. */
+/* A store may evict a shard that it has committed before the put is published: the placed put
+ * remembers it, for the index does not know that generation yet.
+ * Under index_lock. True when something of what the database holds changed. */
 static bool apply_removed(struct coordinator *coordinator, struct index_node *node,
                           const Redknot__V1__HeartbeatRequest *request)
 {
@@ -75,6 +77,8 @@ static bool apply_removed(struct coordinator *coordinator, struct index_node *no
         if (record_id(&shard->segment_id, &id)) {
             index_shard_removed(coordinator->index, node, &id, shard->generation,
                                 shard->shard_index);
+            placed_shard_removed(&coordinator->placed, &id, shard->generation, shard->shard_index,
+                                 node->node_id, node->info->incarnation);
         }
     }
     return request->n_removed != 0;
@@ -108,7 +112,7 @@ enum rk_status coordinator_heartbeat(struct coordinator *coordinator, struct are
         /* After a restart of ours it counts as alive at once, and is asked for its inventory:
          * evictions that it reported while we were away are in there. */
         reply->register_again = !node->registered;
-        node->heard_ns = rk_clock_ns();
+        index_node_heard(coordinator->index, node, rk_clock_ns());
         node->info->used_bytes = request->used_bytes;
         changed = apply_removed(coordinator, node, request);
     }
@@ -270,6 +274,8 @@ static enum rk_status apply(struct coordinator *coordinator, struct announcement
                                 announcement->num_shards - num_aside, since, rk_clock_ns(), drops);
         if (status != RK_OK) {
             (void)out_of_memory(error);
+        } else if (announcement->num_shards != 0) {
+            liveness_announced(&node->liveness);
         }
     }
     (void)pthread_mutex_unlock(&coordinator->index_lock);

@@ -162,6 +162,7 @@ struct candidates {
     struct index_node **nodes;
     size_t count;
     size_t num_too_small;
+    size_t num_ejected;
 };
 
 /* Under index_lock: live stores that could ever hold such a shard. */
@@ -182,8 +183,9 @@ static enum rk_status find_candidates(struct coordinator *coordinator, struct ar
     for (struct index_node *node = first; node != NULL; node = node->hh.next) {
         const Redknot__V1__NodeInfo *info = node->info;
 
-        if (info->role != REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE ||
-            !index_node_alive(coordinator->index, node, now_ns)) {
+        if (!index_node_usable(coordinator->index, node, now_ns)) {
+            candidates.num_ejected +=
+                index_node_alive(coordinator->index, node, now_ns) && node->liveness.ejected;
             continue;
         }
         if (info->capacity_bytes != 0 && info->capacity_bytes < shard_bytes) {
@@ -193,7 +195,8 @@ static enum rk_status find_candidates(struct coordinator *coordinator, struct ar
         candidates.nodes[candidates.count] = node;
         candidates.rows[candidates.count++] = (struct placement_node){
             .node_id = node->node_id,
-            .weight = placement_weight(info->capacity_bytes, info->used_bytes),
+            .weight = placement_weight(info->capacity_bytes, info->used_bytes) *
+                      index_node_factor(coordinator->index, node, now_ns),
         };
     }
     *ret_candidates = candidates;
@@ -266,6 +269,12 @@ static enum rk_status place_new(struct coordinator *coordinator, struct arena *a
                                 "a shard of %" PRIu64 " bytes fits in none of the %zu stores; use "
                                 "shorter segments or more --shards-per-segment",
                                 bytes, candidates.num_too_small);
+        }
+        if (candidates.num_ejected != 0) {
+            return rk_error_set(error, RK_ERR_UNAVAILABLE,
+                                "all %zu living store nodes are ejected, for they do not answer; "
+                                "the coordinator's log has the reasons",
+                                candidates.num_ejected);
         }
         return rk_error_set(error, RK_ERR_UNAVAILABLE,
                             "no store node is alive; start redknot-kvstore");
@@ -408,6 +417,21 @@ static enum rk_status begin_commit(struct coordinator *coordinator, const struct
     return status;
 }
 
+/* What a commit says of its store. Less time than a probe has proves nothing. */
+static void note_answer(struct coordinator *coordinator, const struct placed_shard *shard,
+                        enum rk_status status, int left_ms, const struct rk_error *error)
+{
+    bool late = status == RK_ERR_DEADLINE;
+
+    if (status == RK_ERR_UNAVAILABLE ||
+        (late && (uint32_t)left_ms >= coordinator->options.probe_timeout_ms)) {
+        coordinator_store_failed(coordinator, shard->node_id, shard->incarnation,
+                                 error == NULL ? "" : error->text);
+    } else if (status == RK_OK || (!late && error != NULL && error->answered)) {
+        coordinator_store_answered(coordinator, shard->node_id, shard->incarnation);
+    }
+}
+
 static enum rk_status commit_on_stores(struct coordinator *coordinator, const struct placed *placed,
                                        uint32_t *ret_tried, struct rk_error *error)
 {
@@ -423,6 +447,7 @@ static enum rk_status commit_on_stores(struct coordinator *coordinator, const st
                               : peers_call(coordinator->peers, PEERS_COMMIT, shard->address,
                                            &placed->id, placed->generation, i, left_ms, error);
 
+        note_answer(coordinator, shard, status, left_ms, error);
         if (status != RK_OK) {
             rk_error_prefix(error, "store node %s (%s) did not commit shard %u", shard->node_id,
                             shard->address, i);
@@ -472,8 +497,8 @@ void coordinator_undo_placed(struct coordinator *coordinator, const struct place
     }
 }
 
-/* Under write_lock: is it still the newest, and are its stores what they were? *ret_superseded
- * with RK_OK: a newer one can be read, so this one is not wanted any more. */
+/* Under write_lock: is it still the newest, not dropped, and are its stores what they were?
+ * *ret_superseded with RK_OK: a newer one can be read, so this one is not wanted any more. */
 static enum rk_status check_still_good(struct coordinator *coordinator, const struct placed *placed,
                                        bool *ret_superseded, struct rk_error *error)
 {
@@ -483,7 +508,11 @@ static enum rk_status check_still_good(struct coordinator *coordinator, const st
     (void)pthread_mutex_lock(&coordinator->index_lock);
     segment = index_segment_find(coordinator->index, &placed->id);
     *ret_superseded = segment != NULL && segment->generation > placed->generation;
-    if (*ret_superseded) {
+    if (placed->generation <= index_tombstone_generation(coordinator->index, &placed->id)) {
+        *ret_superseded = false;
+        status = rk_error_set(error, RK_MISS_STALE_GENERATION,
+                              "this segment was dropped after the put was placed; place it again");
+    } else if (*ret_superseded) {
         status = superseded(coordinator, segment, error);
     }
     for (uint32_t i = 0; status == RK_OK && !*ret_superseded && i < placed->num_shards; i++) {
@@ -495,6 +524,31 @@ static enum rk_status check_still_good(struct coordinator *coordinator, const st
                                   "store node %s restarted and lost shard %u; place it again",
                                   placed->shards[i].node_id, i);
         }
+    }
+    (void)pthread_mutex_unlock(&coordinator->index_lock);
+    return status;
+}
+
+/* Puts the segment into the index. What its stores removed since they committed it is evicted:
+ * only the index lock keeps a heartbeat from coming in between. Under write_lock. */
+static enum rk_status show(struct coordinator *coordinator, const struct placed *placed,
+                           const struct segment_spec *spec, struct segment_location_spec *locations,
+                           struct index_drops *drops)
+{
+    bool as_saved = true;
+    enum rk_status status;
+
+    (void)pthread_mutex_lock(&coordinator->index_lock);
+    for (uint32_t i = 0; i < placed->num_shards; i++) {
+        if (placed->shards[i].removed) {
+            locations[i].state = LOCATION_EVICTED;
+            as_saved = false;
+        }
+    }
+    status = index_segment_put(coordinator->index, spec, rk_clock_ns(), drops);
+    if (status != RK_OK || !as_saved) {
+        /* The record on disk says more than is true: write it anew, or take it back. */
+        index_journal_add(coordinator->index, 's', &placed->id);
     }
     (void)pthread_mutex_unlock(&coordinator->index_lock);
     return status;
@@ -536,14 +590,10 @@ static enum rk_status publish(struct coordinator *coordinator, const struct plac
         status = coordinator_save_commit(coordinator, &spec, placed->token_ids, error);
     }
     if (status == RK_OK && !*ret_superseded) {
-        (void)pthread_mutex_lock(&coordinator->index_lock);
-        status = index_segment_put(coordinator->index, &spec, rk_clock_ns(), drops);
+        status = show(coordinator, placed, &spec, locations, drops);
         if (status != RK_OK) {
-            /* The record is on disk, the segment is not in memory: take it back. */
-            index_journal_add(coordinator->index, 's', &placed->id);
             (void)out_of_memory(error);
         }
-        (void)pthread_mutex_unlock(&coordinator->index_lock);
         if (coordinator_flush(coordinator, false, NULL) != RK_OK) {
             RK_LOG_WARN("metadata_behind", "reason=%q", "the next sweep writes it again");
         }

@@ -9,7 +9,8 @@
 /* Enough for every segment and tombstone to change once while the disk is away. */
 #define JOURNAL_MAX(index) ((size_t)2 * ((index)->segments_max + INDEX_TOMBSTONES_MAX))
 
-enum rk_status index_create(uint32_t segments_max, int64_t timeout_ns, struct index **ret_index)
+enum rk_status index_create(uint32_t segments_max, int64_t timeout_ns, int64_t slow_start_ns,
+                            struct index **ret_index)
 {
     struct index *index = rk_alloc_zero(1, sizeof(*index));
 
@@ -18,6 +19,7 @@ enum rk_status index_create(uint32_t segments_max, int64_t timeout_ns, struct in
     }
     index->segments_max = segments_max;
     index->timeout_ns = timeout_ns;
+    index->slow_start_ns = slow_start_ns;
     *ret_index = index;
     return RK_OK;
 }
@@ -80,6 +82,68 @@ struct index_node *index_node_find(struct index *index, const char *node_id)
 bool index_node_alive(const struct index *index, const struct index_node *node, int64_t now_ns)
 {
     return node->heard_ns != 0 && now_ns - node->heard_ns <= index->timeout_ns;
+}
+
+void index_node_heard(const struct index *index, struct index_node *node, int64_t now_ns)
+{
+    /* Not heard of yet: we restarted, and it did not. */
+    if (node->heard_ns != 0 && !index_node_alive(index, node, now_ns)) {
+        liveness_came(&node->liveness, false, now_ns);
+    }
+    node->heard_ns = now_ns;
+}
+
+bool index_node_usable(const struct index *index, const struct index_node *node, int64_t now_ns)
+{
+    return node->info->role == REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE &&
+           index_node_alive(index, node, now_ns) && !node->liveness.ejected;
+}
+
+enum node_state index_node_state(const struct index *index, const struct index_node *node,
+                                 double factor_max, int64_t now_ns)
+{
+    if (!index_node_alive(index, node, now_ns)) {
+        return NODE_DOWN;
+    }
+    if (node->liveness.ejected) {
+        return NODE_EJECTED;
+    }
+    if (index_node_usable(index, node, now_ns) &&
+        liveness_share(index_node_factor(index, node, now_ns), factor_max) < 1.0) {
+        return NODE_SLOW_START;
+    }
+    return NODE_UP;
+}
+
+const char *index_node_state_name(enum node_state state)
+{
+    static const char *const names[NODE_STATE_COUNT] = {
+        [NODE_UP] = "up",
+        [NODE_DOWN] = "down",
+        [NODE_EJECTED] = "ejected",
+        [NODE_SLOW_START] = "slow start",
+    };
+
+    return names[state];
+}
+
+double index_node_factor(const struct index *index, const struct index_node *node, int64_t now_ns)
+{
+    return liveness_factor(&node->liveness, index->slow_start_ns, now_ns);
+}
+
+double index_factor_max(const struct index *index, int64_t now_ns)
+{
+    double factor_max = 0.0;
+
+    for (const struct index_node *node = index->nodes; node != NULL; node = node->hh.next) {
+        double factor = index_node_factor(index, node, now_ns);
+
+        if (factor > factor_max && index_node_usable(index, node, now_ns)) {
+            factor_max = factor;
+        }
+    }
+    return factor_max == 0.0 ? 1.0 : factor_max; /* None is usable. */
 }
 
 /* Room for one more: a node that is down and holds nothing is forgotten. */
@@ -154,14 +218,17 @@ enum rk_status index_node_register(struct index *index, const Redknot__V1__NodeI
             record_free(&copy->base);
             return status;
         }
+        liveness_came(&node->liveness, true, now_ns);
     } else {
         if (node->info->incarnation != info->incarnation) {
             node_lose_all(index, node);
+            node->liveness = (struct liveness){0}; /* What failed was the former process. */
+            liveness_came(&node->liveness, false, now_ns);
         }
         record_free(&node->info->base);
         node->info = copy;
     }
-    node->heard_ns = now_ns;
+    index_node_heard(index, node, now_ns);
     node->registered = true;
     *ret_node = node;
     return RK_OK;
@@ -175,6 +242,7 @@ enum rk_status index_node_load(struct index *index, const Redknot__V1__NodeInfo 
     if (status == RK_OK) {
         node->heard_ns = 0;
         node->registered = false;
+        node->liveness = (struct liveness){0};
     }
     return status;
 }

@@ -19,6 +19,7 @@
 #include "common/base/id.h"
 #include "common/base/kv_layout.h"
 #include "common/base/status.h"
+#include "coordinator/liveness.h"
 #include "coordinator/table_internal.h"
 #include "redknot/v1/coordinator.pb-c.h"
 
@@ -32,12 +33,21 @@ enum location_state {
     LOCATION_LOST, /* its node restarted */
 };
 
+enum node_state {
+    NODE_UP,
+    NODE_DOWN,       /* silent */
+    NODE_EJECTED,    /* alive, yet it does not answer */
+    NODE_SLOW_START, /* up, with a part of its share */
+    NODE_STATE_COUNT,
+};
+
 struct index_node {
     char *node_id;
     Redknot__V1__NodeInfo *info; /* own copy */
     int64_t heard_ns;            /* last sign of life; 0: none since this process began */
     bool registered;             /* since this process began */
     bool was_alive;              /* for the log: changes are told once */
+    struct liveness liveness;    /* of stores */
     uint64_t visit;              /* scratch of whoever walks over nodes */
     uint64_t num_locations;
     struct index_location *locations; /* present ones */
@@ -124,8 +134,9 @@ struct index_announced {
 
 struct index;
 
+/* slow_start_ns 0: stores that come get their full share at once. */
 RK_MUST_CHECK enum rk_status index_create(uint32_t segments_max, int64_t timeout_ns,
-                                          struct index **ret_index);
+                                          int64_t slow_start_ns, struct index **ret_index);
 void index_destroy(struct index *index); /* accepts NULL */
 
 /* ---- Nodes ---- */
@@ -138,9 +149,20 @@ RK_MUST_CHECK enum rk_status index_node_register(struct index *index,
 RK_MUST_CHECK enum rk_status index_node_load(struct index *index,
                                              const Redknot__V1__NodeInfo *info);
 struct index_node *index_node_find(struct index *index, const char *node_id);
+/* A sign of life. A node that was down is back. */
+void index_node_heard(const struct index *index, struct index_node *node, int64_t now_ns);
 bool index_node_alive(const struct index *index, const struct index_node *node, int64_t now_ns);
-struct index_node *index_nodes(struct index *index); /* first; walk with hh.next */
-uint64_t index_next_visit(struct index *index);      /* a value that no node's visit has */
+/* A store that may be placed on, and whose shards are located. */
+bool index_node_usable(const struct index *index, const struct index_node *node, int64_t now_ns);
+/* Of slow start: the part of its weight that it gets now, and the highest of the usable stores. */
+double index_node_factor(const struct index *index, const struct index_node *node, int64_t now_ns);
+double index_factor_max(const struct index *index, int64_t now_ns);
+/* factor_max: that of the index. */
+enum node_state index_node_state(const struct index *index, const struct index_node *node,
+                                 double factor_max, int64_t now_ns);
+const char *index_node_state_name(enum node_state state); /* "slow start" */
+struct index_node *index_nodes(struct index *index);      /* first; walk with hh.next */
+uint64_t index_next_visit(struct index *index);           /* a value that no node's visit has */
 
 /* ---- Segments ---- */
 
@@ -149,13 +171,15 @@ struct index_segment *index_segment_find(struct index *index, const struct rk_id
  * supersedes goes to drops. Unknown nodes make lost locations. */
 RK_MUST_CHECK enum rk_status index_segment_put(struct index *index, const struct segment_spec *spec,
                                                int64_t now_ns, struct index_drops *drops);
-/* Forgets it and keeps a tombstone. */
+/* Forgets it and keeps a tombstone of this generation, or of the segment's own if that is higher.
+ */
 RK_MUST_CHECK enum rk_status index_segment_drop(struct index *index, struct index_segment *segment,
-                                                int64_t now_ns, struct index_drops *drops);
+                                                uint64_t generation, int64_t now_ns,
+                                                struct index_drops *drops);
 /* The store says that it gave this shard up. Others' and older ones are ignored. */
 void index_shard_removed(struct index *index, struct index_node *node, const struct rk_id *id,
                          uint64_t generation, uint32_t shard_index);
-/* RK_OK: all shards are on live nodes. Else a miss. fingerprint NULL: any. */
+/* RK_OK: all shards are on usable nodes. Else a miss. fingerprint NULL: any. */
 enum rk_status index_segment_state(const struct index *index, const struct index_segment *segment,
                                    const struct rk_id *fingerprint, int64_t now_ns);
 void index_segment_touch(struct index *index, struct index_segment *segment);

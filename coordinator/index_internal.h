@@ -24,6 +24,7 @@ struct index {
     uint64_t kv_bytes;
     uint32_t segments_max;
     int64_t timeout_ns;
+    int64_t slow_start_ns;
 };
 
 void index_location_clear(struct index *index, struct index_location *location,

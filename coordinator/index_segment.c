@@ -135,13 +135,14 @@ static enum rk_status drops_of_segment(struct index *index, const struct index_s
 }
 
 enum rk_status index_segment_drop(struct index *index, struct index_segment *segment,
-                                  int64_t now_ns, struct index_drops *drops)
+                                  uint64_t generation, int64_t now_ns, struct index_drops *drops)
 {
     struct rk_id id = segment->id;
     enum rk_status status = drops_of_segment(index, segment, now_ns, drops);
 
     if (status == RK_OK) {
-        status = index_tombstone_put(index, &id, segment->generation);
+        status = index_tombstone_put(
+            index, &id, generation > segment->generation ? generation : segment->generation);
     }
     if (status == RK_OK) {
         index_journal_add(index, 's', &id);
@@ -164,7 +165,7 @@ static enum rk_status make_room(struct index *index, int64_t now_ns, struct inde
             index_segment_free(index, victim);
             continue;
         }
-        status = index_segment_drop(index, index->with_kv, now_ns, drops);
+        status = index_segment_drop(index, index->with_kv, 0, now_ns, drops);
         if (status != RK_OK) {
             return status;
         }
@@ -291,7 +292,7 @@ enum rk_status index_segment_state(const struct index *index, const struct index
             state = RK_MISS_NODE_DOWN;
             break;
         case LOCATION_PRESENT:
-            if (!index_node_alive(index, location->node, now_ns)) {
+            if (!index_node_usable(index, location->node, now_ns)) {
                 state = RK_MISS_NODE_DOWN;
             }
             break;
@@ -368,7 +369,7 @@ static enum rk_status announce_one(struct index *index, struct index_node *node,
     location = &segment->locations[shard->shard_index];
     if (location->node != NULL && location->node != node) {
         /* Two nodes with one shard: whoever serves it stays. */
-        announced->unwanted = index_node_alive(index, location->node, now_ns);
+        announced->unwanted = index_node_usable(index, location->node, now_ns);
     } else if (location->changed > since && location->state == LOCATION_EVICTED) {
         announced->unwanted = true; /* Evicted while it announced. */
     }

@@ -19,6 +19,10 @@ enum {
     OPTION_TIMEOUT_MS,
     OPTION_SHARDS_PER_SEGMENT,
     OPTION_SEGMENTS_MAX,
+    OPTION_SLOW_START_MS,
+    OPTION_PROBE_INTERVAL_MS,
+    OPTION_PROBE_TIMEOUT_MS,
+    OPTION_PROBE_FAILURES,
     OPTION_LOG_LEVEL,
 };
 
@@ -40,23 +44,38 @@ static const struct argp_option option_list[] = {
     {"shards-per-segment", OPTION_SHARDS_PER_SEGMENT, "N", 0,
      "Layer ranges that a segment is spread over (1)", 0},
     {"segments-max", OPTION_SEGMENTS_MAX, "N", 0, "Segments to know at most (1000000)", 0},
+    {"slow-start-ms", OPTION_SLOW_START_MS, "MS", 0,
+     "A store that has come gets an eighth of its share, then more for so long; 0: off (30000)", 0},
+    {"probe-interval-ms", OPTION_PROBE_INTERVAL_MS, "MS", 0,
+     "Check the health of each store so often; 0: never, and eject none (2000)", 0},
+    {"probe-timeout-ms", OPTION_PROBE_TIMEOUT_MS, "MS", 0, "A check that takes longer fails (500)",
+     0},
+    {"probe-failures", OPTION_PROBE_FAILURES, "N", 0, "So many failures in a row eject a store (3)",
+     0},
     {"log-level", OPTION_LOG_LEVEL, "LEVEL", 0, "debug, info, warn or error (info)", 0},
     {0},
 };
 
-static uint32_t parse_count(struct argp_state *state, const char *name, const char *text,
-                            uint32_t count_max)
+static uint32_t parse_number(struct argp_state *state, const char *name, const char *text,
+                             uint32_t number_min, uint32_t number_max)
 {
     char *end = NULL;
     unsigned long long value;
 
     errno = 0;
     value = strtoull(text, &end, 10);
-    if (errno != 0 || end == text || *end != '\0' || text[0] == '-' || value == 0 ||
-        value > count_max) {
-        argp_error(state, "--%s: \"%s\" is not a whole number from 1 to %u", name, text, count_max);
+    if (errno != 0 || end == text || *end != '\0' || text[0] == '-' || value < number_min ||
+        value > number_max) {
+        argp_error(state, "--%s: \"%s\" is not a whole number from %u to %u", name, text,
+                   number_min, number_max);
     }
     return (uint32_t)value;
+}
+
+static uint32_t parse_count(struct argp_state *state, const char *name, const char *text,
+                            uint32_t count_max)
+{
+    return parse_number(state, name, text, 1, count_max);
 }
 
 static void check_address(struct argp_state *state, const char *name, const char *text)
@@ -104,6 +123,18 @@ static error_t parse_option(int key, char *text, struct argp_state *state)
     case OPTION_SEGMENTS_MAX:
         options->segments_max = parse_count(state, "segments-max", text, 1000000000);
         break;
+    case OPTION_SLOW_START_MS:
+        options->slow_start_ms = parse_number(state, "slow-start-ms", text, 0, 3600000);
+        break;
+    case OPTION_PROBE_INTERVAL_MS:
+        options->probe_interval_ms = parse_number(state, "probe-interval-ms", text, 0, 3600000);
+        break;
+    case OPTION_PROBE_TIMEOUT_MS:
+        options->probe_timeout_ms = parse_count(state, "probe-timeout-ms", text, 60000);
+        break;
+    case OPTION_PROBE_FAILURES:
+        options->probe_failures = parse_count(state, "probe-failures", text, 1000);
+        break;
     case OPTION_LOG_LEVEL:
         if (!rk_log_level_parse(text, &arguments->level)) {
             argp_error(state, "--log-level: \"%s\" is none of debug, info, warn, error", text);
@@ -139,6 +170,8 @@ int main(int argc, char **argv)
                 .data_dir = "./redknot-data/coordinator",
                 .heartbeat_ms = 500,
                 .timeout_ms = 2000,
+                .slow_start_ms = 30000,
+                .probe_interval_ms = 2000,
             },
         .metrics = "127.0.0.1:7101",
         .level = RK_LOG_LEVEL_INFO,

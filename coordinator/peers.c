@@ -1,6 +1,7 @@
 #include "coordinator/peers.h"
 
 #include "common/rpc/rpc.h"
+#include "coordinator/health.pb-c.h"
 #include "coordinator/record.h"
 #include "coordinator/table_internal.h"
 #include "redknot/v1/kvstore.pb-c.h"
@@ -172,4 +173,91 @@ enum rk_status peers_call(struct peers *peers, enum peers_verb verb, const char 
     }
     release(peers, peer);
     return status;
+}
+
+/* ---- Probes ---- */
+
+struct peers_probe {
+    struct peers *peers;
+    struct peer *peer;
+    struct rk_rpc_stream *stream;
+};
+
+enum rk_status peers_probe_create(struct peers *peers, const char *address, int timeout_ms,
+                                  struct peers_probe **ret_probe, struct rk_error *error)
+{
+    struct peers_probe *probe = rk_alloc_zero(1, sizeof(*probe));
+    enum rk_status status;
+
+    if (probe == NULL) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "out of memory for a probe of %s", address);
+    }
+    probe->peers = peers;
+    status = acquire(peers, address, &probe->peer, error);
+    if (status == RK_OK) {
+        status = rk_rpc_stream_open(probe->peer->channel, "/grpc.health.v1.Health/Check",
+                                    timeout_ms, &probe->stream, error);
+    }
+    if (status != RK_OK) {
+        goto fail;
+    }
+    *ret_probe = probe;
+    return RK_OK;
+
+fail:
+    peers_probe_destroy(probe);
+    return status;
+}
+
+enum rk_status peers_probe_send(struct peers_probe *probe)
+{
+    Redknot__Coordinator__V1__HealthCheckRequest request =
+        REDKNOT__COORDINATOR__V1__HEALTH_CHECK_REQUEST__INIT;
+    enum rk_status status;
+
+    request.service = (char *)(uintptr_t) "redknot.v1.KvStore";
+    status = rk_rpc_stream_send(probe->stream, &request.base);
+    return status == RK_OK ? rk_rpc_stream_send_done(probe->stream) : status;
+}
+
+enum rk_status peers_probe_result(struct peers_probe *probe, struct rk_error *error)
+{
+    Redknot__Coordinator__V1__HealthCheckResponse *reply = NULL;
+    bool serving = false;
+    enum rk_status received = rk_rpc_stream_recv(
+        probe->stream, &redknot__coordinator__v1__health_check_response__descriptor,
+        (ProtobufCMessage **)&reply);
+    enum rk_status status;
+
+    if (received == RK_OK) {
+        serving = reply->status ==
+                  REDKNOT__COORDINATOR__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__SERVING;
+        rk_rpc_message_free(&reply->base);
+    }
+    status = rk_rpc_stream_finish(probe->stream, error);
+    if (status != RK_OK) {
+        return status;
+    }
+    if (received != RK_OK) {
+        return rk_error_set(error, RK_ERR_INVALID, "the answer to a health check is unreadable");
+    }
+    return serving ? RK_OK
+                   : rk_error_set(error, RK_ERR_UNAVAILABLE, "it says that it does not serve");
+}
+
+void peers_probe_cancel(struct peers_probe *probe)
+{
+    rk_rpc_stream_cancel(probe->stream);
+}
+
+void peers_probe_destroy(struct peers_probe *probe)
+{
+    if (probe == NULL) {
+        return;
+    }
+    rk_rpc_stream_destroy(probe->stream);
+    if (probe->peer != NULL) {
+        release(probe->peers, probe->peer);
+    }
+    rk_free(probe);
 }

@@ -26,4 +26,19 @@ RK_MUST_CHECK enum rk_status peers_call(struct peers *peers, enum peers_verb ver
                                         uint64_t generation, uint32_t shard_index, int timeout_ms,
                                         struct rk_error *error);
 
+/* ---- Probes: grpc.health.v1.Health/Check of KvStore at address ---- */
+
+struct peers_probe; /* one call; belongs to one thread */
+
+/* The time runs from here on. Does not block. */
+RK_MUST_CHECK enum rk_status peers_probe_create(struct peers *peers, const char *address,
+                                                int timeout_ms, struct peers_probe **ret_probe,
+                                                struct rk_error *error);
+/* Blocks only while there is no connection yet. */
+RK_MUST_CHECK enum rk_status peers_probe_send(struct peers_probe *probe);
+/* Once, also after a failed send, to learn why. RK_OK: it serves. */
+RK_MUST_CHECK enum rk_status peers_probe_result(struct peers_probe *probe, struct rk_error *error);
+void peers_probe_cancel(struct peers_probe *probe);  /* from any thread */
+void peers_probe_destroy(struct peers_probe *probe); /* accepts NULL */
+
 #endif

@@ -74,6 +74,19 @@ struct placed *placed_find(const struct placed_table *table, const struct rk_id 
     return placed != NULL && rk_id_equal(&placed->id, id) ? placed : NULL;
 }
 
+void placed_shard_removed(const struct placed_table *table, const struct rk_id *id,
+                          uint64_t generation, uint32_t shard_index, const char *node_id,
+                          uint64_t incarnation)
+{
+    struct placed *placed = placed_find(table, id, generation);
+
+    if (placed != NULL && shard_index < placed->num_shards &&
+        placed->shards[shard_index].incarnation == incarnation &&
+        strcmp(placed->shards[shard_index].node_id, node_id) == 0) {
+        placed->shards[shard_index].removed = true;
+    }
+}
+
 void placed_take(struct placed_table *table, struct placed *placed)
 {
     RK_ASSERT(table->by_generation != NULL && table->oldest != NULL);

@@ -3,7 +3,8 @@
  *
  * Threads: none of its own; the coordinator's index lock guards every call. An
  * entry taken for a commit (committing) is left alone by the others until its
- * committer gives it back.
+ * committer gives it back, but for the marks of what its stores removed: those
+ * are set and read under the index lock.
  */
 #ifndef RK_COORDINATOR_PLACED_H
 #define RK_COORDINATOR_PLACED_H
@@ -18,6 +19,7 @@ struct placed_shard {
     char *address;
     uint64_t incarnation;
     struct rk_head_range heads;
+    bool removed; /* its store committed it and gave it up again */
 };
 
 struct placed {
@@ -53,6 +55,10 @@ void placed_destroy(struct placed *placed); /* not in a table; accepts NULL */
 RK_MUST_CHECK enum rk_status placed_add(struct placed_table *table, struct placed *placed);
 struct placed *placed_find(const struct placed_table *table, const struct rk_id *id,
                            uint64_t generation);
+/* Its store says that it gave this shard up. Others' are ignored. */
+void placed_shard_removed(const struct placed_table *table, const struct rk_id *id,
+                          uint64_t generation, uint32_t shard_index, const char *node_id,
+                          uint64_t incarnation);
 void placed_take(struct placed_table *table, struct placed *placed); /* the caller owns it now */
 /* The oldest one from before before_ns that nobody commits, taken out; NULL: none. */
 struct placed *placed_take_expired(struct placed_table *table, int64_t before_ns);

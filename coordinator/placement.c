@@ -1,12 +1,9 @@
 #include "coordinator/placement.h"
 
-#include "common/base/hash.h"
+#include "common/base/rendezvous.h"
 #include "common/base/status.h"
 
-#include <math.h>
 #include <string.h>
-
-#define PLACEMENT_NODE_ID_BYTES 256
 
 double placement_weight(uint64_t capacity_bytes, uint64_t used_bytes)
 {
@@ -18,23 +15,6 @@ double placement_weight(uint64_t capacity_bytes, uint64_t used_bytes)
     return (double)free_bytes + (double)capacity_bytes / 16.0;
 }
 
-static double score(const struct rk_id *segment_id, uint32_t shard_index,
-                    const struct placement_node *node)
-{
-    uint8_t key[RK_ID_BYTES + 4 + PLACEMENT_NODE_ID_BYTES];
-    size_t node_bytes = strnlen(node->node_id, PLACEMENT_NODE_ID_BYTES);
-    double uniform;
-
-    memcpy(key, segment_id->bytes, RK_ID_BYTES);
-    for (int i = 0; i < 4; i++) {
-        key[RK_ID_BYTES + i] = (uint8_t)(shard_index >> (8 * i));
-    }
-    memcpy(key + RK_ID_BYTES + 4, node->node_id, node_bytes);
-    /* 53 bits, and the half keeps it off 0 and 1, where the logarithm has no use. */
-    uniform = ((double)(rk_hash_xxh3(key, RK_ID_BYTES + 4 + node_bytes) >> 11) + 0.5) * 0x1p-53;
-    return -node->weight / log(uniform);
-}
-
 size_t placement_choose(const struct rk_id *segment_id, uint32_t shard_index,
                         const struct placement_node *nodes, size_t num_nodes)
 {
@@ -43,7 +23,8 @@ size_t placement_choose(const struct rk_id *segment_id, uint32_t shard_index,
 
     RK_ASSERT(num_nodes >= 1);
     for (size_t i = 0; i < num_nodes; i++) {
-        double node_score = score(segment_id, shard_index, &nodes[i]);
+        double node_score =
+            rk_rendezvous_score(segment_id, shard_index, nodes[i].node_id, nodes[i].weight);
 
         if (i == 0 || node_score > best_score ||
             (node_score == best_score && strcmp(nodes[i].node_id, nodes[best].node_id) < 0)) {

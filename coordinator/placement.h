@@ -1,10 +1,9 @@
 /*
  * placement: which store node gets a shard.
  *
- * Weighted rendezvous hashing (Thaler and Ravishankar 1998; weights as in
- * Schindelhauer and Schomaker 2005): each node scores -weight / ln(u), u in
- * (0, 1) drawn from (segment id, shard index, node id); the highest wins. So a
- * node that leaves moves only its own share, and shares follow the weights.
+ * Weighted rendezvous hashing (common/base/rendezvous.h) over segment id and
+ * shard index: a node that leaves moves only its own share, and shares follow
+ * the weights.
  *
  * Threads: pure.
  */

@@ -50,13 +50,13 @@ static json_t *status_json(const struct rk_cluster_status *cluster, bool with_se
         const struct rk_node_status *node = &cluster->nodes[i];
         (void)json_array_append_new(
             nodes,
-            json_pack("{s:s, s:s, s:b, s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:I}", "node_id",
+            json_pack("{s:s, s:s, s:b, s:s, s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:I}", "node_id",
                       node->node_id, "role", role_name(node->role), "alive", (int)node->alive,
-                      "address", node->address, "metrics_address", node->metrics_address, "model",
-                      node->model, "version", node->version, "capacity_bytes",
-                      (json_int_t)node->capacity_bytes, "used_bytes", (json_int_t)node->used_bytes,
-                      "num_shards", (json_int_t)node->num_shards, "heartbeat_age_ms",
-                      (json_int_t)node->heartbeat_age_ms));
+                      "state", node->state, "address", node->address, "metrics_address",
+                      node->metrics_address, "model", node->model, "version", node->version,
+                      "capacity_bytes", (json_int_t)node->capacity_bytes, "used_bytes",
+                      (json_int_t)node->used_bytes, "num_shards", (json_int_t)node->num_shards,
+                      "heartbeat_age_ms", (json_int_t)node->heartbeat_age_ms));
     }
     json_t *object = json_pack("{s:s, s:I, s:I, s:o}", "version", cluster->version, "uptime_ms",
                                (json_int_t)cluster->uptime_ms, "num_segments",
@@ -89,13 +89,13 @@ static void status_print(const struct rk_cluster_status *cluster, bool with_segm
     (void)printf("coordinator %s, up for %llu s, %llu segments\n\n", cluster->version,
                  (unsigned long long)(cluster->uptime_ms / 1000),
                  (unsigned long long)cluster->num_segments);
-    (void)printf("%-8s %-24s %-22s %-6s %10s %10s %7s  %s\n", "ROLE", "NODE", "ADDRESS", "ALIVE",
+    (void)printf("%-8s %-24s %-22s %-10s %10s %10s %7s  %s\n", "ROLE", "NODE", "ADDRESS", "STATE",
                  "USED", "CAPACITY", "SHARDS", "MODEL");
     for (size_t i = 0; i < cluster->num_nodes; i++) {
         const struct rk_node_status *node = &cluster->nodes[i];
         bool store = node->role == RK_NODE_STORE;
-        (void)printf("%-8s %-24s %-22s %-6s %10s %10s %7llu  %s\n", role_name(node->role),
-                     node->node_id, node->address, node->alive ? "yes" : "no",
+        (void)printf("%-8s %-24s %-22s %-10s %10s %10s %7llu  %s\n", role_name(node->role),
+                     node->node_id, node->address, node->state,
                      store ? cli_bytes(node->used_bytes, used) : "-",
                      store ? cli_bytes(node->capacity_bytes, capacity) : "-",
                      (unsigned long long)node->num_shards, node->model);

@@ -127,7 +127,7 @@ static enum rk_status try_register(struct fixture *f, int i, uint64_t incarnatio
     info.role = REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE;
     info.incarnation = incarnation;
     info.grpc_address = f->stores[i].address;
-    info.capacity_bytes = 1u << 30;
+    info.capacity_bytes = (uint64_t)(i + 1) << 30;
     request.node = &info;
     status =
         call(f, M("RegisterNode"), &request.base, &redknot__v1__register_reply__descriptor, &reply);
@@ -594,6 +594,112 @@ static void a_silent_node_is_down_and_comes_back(void **state)
     expect(f, 1, "", true);
 }
 
+/* Of store 0, incarnation 11. On a thread of that store. */
+static void evict_at_once(void *context, uint64_t generation)
+{
+    struct fixture *f = context;
+    struct told told;
+    Redknot__V1__Shard *removed = &told.shard;
+    Redknot__V1__HeartbeatRequest request = REDKNOT__V1__HEARTBEAT_REQUEST__INIT;
+    ProtobufCMessage *reply = NULL;
+
+    tell(&told, 1, generation);
+    request.node_id = (char *)(uintptr_t)store_name(0);
+    request.incarnation = 11;
+    request.n_removed = 1;
+    request.removed = &removed;
+    RK_ASSERT(rk_rpc_unary(f->channel, M("Heartbeat"), &request.base,
+                           &redknot__v1__heartbeat_reply__descriptor, CALL_MS, &reply,
+                           NULL) == RK_OK);
+    rk_rpc_message_free(reply);
+}
+
+/* The eviction is told before the put is visible: it must not be forgotten, or nobody would store
+ * the segment again. */
+static void evicted_before_it_is_published(void **state)
+{
+    struct fixture *f = *state;
+    uint64_t generation;
+
+    join(f, 0, 11);
+    f->stores[0].committed = evict_at_once;
+    f->stores[0].committed_context = f;
+    generation = put(f, 1);
+    f->stores[0].committed = NULL;
+    expect(f, 1, "MISS_EVICTED", true);
+    down(f);
+    up(f);
+    (void)heartbeat(f, 0, 11, NULL);
+    expect(f, 1, "MISS_EVICTED", true); /* On disk, too. */
+    assert_true(put(f, 1) > generation);
+    expect(f, 1, "", true);
+}
+
+/* What was placed before a drop must not bring the segment back, whichever of the two is newer. */
+static void a_put_from_before_the_drop_is_refused(void **state)
+{
+    struct fixture *f = *state;
+    uint64_t generations[3];
+
+    join(f, 0, 11);
+    for (int i = 0; i < 3; i++) {
+        generations[i] = place_ok(f, 1);
+    }
+    assert_int_equal(commit(f, 1, generations[1]), RK_OK);
+    assert_int_equal(drop(f, 1), 1);
+    int commits = atomic_load(&f->stores[0].commits);
+    for (int i = 0; i < 3; i += 2) {
+        int aborts = atomic_load(&f->stores[0].aborts);
+
+        assert_int_equal(commit(f, 1, generations[i]), RK_MISS_STALE_GENERATION);
+        assert_non_null(strstr(f->last_error, "dropped"));
+        assert_int_equal(atomic_load(&f->stores[0].aborts), aborts + 1);
+        expect(f, 1, "MISS_ABSENT", false);
+    }
+    assert_int_equal(atomic_load(&f->stores[0].commits), commits); /* The store was not asked. */
+    assert_true(put(f, 1) > generations[2]);
+    expect(f, 1, "", true);
+}
+
+/* On a thread of the store. */
+static void drop_at_once(void *context, uint64_t generation)
+{
+    struct fixture *f = context;
+    uint8_t segment_id[32] = {1};
+    ProtobufCBinaryData ids[1] = {bytes_of(segment_id)};
+    Redknot__V1__DropRequest request = REDKNOT__V1__DROP_REQUEST__INIT;
+    ProtobufCMessage *reply = NULL;
+
+    (void)generation;
+    request.n_segment_ids = 1;
+    request.segment_ids = ids;
+    RK_ASSERT(rk_rpc_unary(f->channel, M("Drop"), &request.base,
+                           &redknot__v1__drop_reply__descriptor, CALL_MS, &reply, NULL) == RK_OK);
+    rk_rpc_message_free(reply);
+}
+
+/* The drop comes when the store has committed already: the shard there is taken back, too. */
+static void a_drop_during_the_commit_wins(void **state)
+{
+    struct fixture *f = *state;
+    uint64_t first;
+    uint64_t second;
+
+    join(f, 0, 11);
+    first = place_ok(f, 1);
+    second = place_ok(f, 1);
+    assert_int_equal(commit(f, 1, first), RK_OK);
+    f->stores[0].committed = drop_at_once;
+    f->stores[0].committed_context = f;
+    assert_int_equal(commit(f, 1, second), RK_MISS_STALE_GENERATION);
+    f->stores[0].committed = NULL;
+    assert_true(atomic_load(&f->stores[0].last_dropped) == second);
+    expect(f, 1, "MISS_ABSENT", false);
+    down(f);
+    up(f);
+    expect(f, 1, "MISS_ABSENT", false);
+}
+
 static void another_model_is_a_miss(void **state)
 {
     struct fixture *f = *state;
@@ -839,6 +945,168 @@ static void status_tells_nodes_and_segments(void **state)
     rk_rpc_message_free(&reply->base);
 }
 
+static Redknot__V1__ListStoresReply *list_stores(struct fixture *f)
+{
+    Redknot__V1__ListStoresRequest request = REDKNOT__V1__LIST_STORES_REQUEST__INIT;
+    Redknot__V1__ListStoresReply *reply = NULL;
+
+    assert_int_equal(call(f, M("ListStores"), &request.base,
+                          &redknot__v1__list_stores_reply__descriptor, (ProtobufCMessage **)&reply),
+                     RK_OK);
+    assert_true(reply->epoch == coordinator_epoch(f->coordinator));
+    return reply;
+}
+
+/* 0 when the store is not listed. */
+static double listed_weight(struct fixture *f, int i)
+{
+    Redknot__V1__ListStoresReply *reply = list_stores(f);
+    double weight = 0;
+
+    for (size_t n = 0; n < reply->n_stores; n++) {
+        if (strcmp(reply->stores[n]->endpoint->node_id, store_name(i)) == 0) {
+            weight = reply->stores[n]->weight;
+            assert_string_equal(reply->stores[n]->endpoint->grpc_address, f->stores[i].address);
+            assert_true(reply->stores[n]->endpoint->incarnation != 0);
+        }
+    }
+    rk_rpc_message_free(&reply->base);
+    return weight;
+}
+
+static void stores_are_listed_by_capacity(void **state)
+{
+    struct fixture *f = *state;
+    Redknot__V1__NodeInfo worker = REDKNOT__V1__NODE_INFO__INIT;
+    Redknot__V1__RegisterRequest request = REDKNOT__V1__REGISTER_REQUEST__INIT;
+    Redknot__V1__HeartbeatRequest beat = REDKNOT__V1__HEARTBEAT_REQUEST__INIT;
+    Redknot__V1__ListStoresReply *stores = list_stores(f);
+    ProtobufCMessage *reply = NULL;
+    double weight;
+
+    assert_int_equal(stores->n_stores, 0);
+    rk_rpc_message_free(&stores->base);
+    worker.node_id = (char *)(uintptr_t) "worker";
+    worker.role = REDKNOT__V1__NODE_INFO__ROLE__ROLE_WORKER;
+    worker.incarnation = 5;
+    worker.grpc_address = (char *)(uintptr_t) "127.0.0.1:1";
+    request.node = &worker;
+    assert_int_equal(
+        call(f, M("RegisterNode"), &request.base, &redknot__v1__register_reply__descriptor, &reply),
+        RK_OK);
+    rk_rpc_message_free(reply);
+    join(f, 0, 11);
+    join(f, 1, 12);
+    stores = list_stores(f);
+    assert_int_equal(stores->n_stores, 2); /* No worker. */
+    rk_rpc_message_free(&stores->base);
+    weight = listed_weight(f, 0);
+    assert_true(weight > 0);
+    assert_true(listed_weight(f, 1) == 2 * weight);
+    /* What is used changes from call to call, and keys would move with it. */
+    beat.node_id = (char *)(uintptr_t)store_name(0);
+    beat.incarnation = 11;
+    beat.used_bytes = 1u << 30;
+    assert_int_equal(
+        call(f, M("Heartbeat"), &beat.base, &redknot__v1__heartbeat_reply__descriptor, &reply),
+        RK_OK);
+    rk_rpc_message_free(reply);
+    assert_true(listed_weight(f, 0) == weight);
+    down(f); /* Known from disk, but nobody has spoken yet. */
+    up(f);
+    stores = list_stores(f);
+    assert_int_equal(stores->n_stores, 0);
+    rk_rpc_message_free(&stores->base);
+    (void)heartbeat(f, 1, 12, NULL);
+    assert_true(listed_weight(f, 0) == 0);
+    assert_true(listed_weight(f, 1) == 2 * weight);
+}
+
+/* A store is told of by an announcement that holds one shard, id. */
+static void announce_one(struct fixture *f, int i, uint64_t incarnation, uint8_t id)
+{
+    struct told told;
+    uint32_t accepted = 0;
+    size_t dropped = 0;
+
+    tell(&told, id, 17);
+    assert_int_equal(announce(f, i, incarnation, &told, 1, &accepted, &dropped), RK_OK);
+    assert_int_equal(accepted, 1);
+}
+
+static void a_new_store_starts_slowly(void **state)
+{
+    struct fixture *f = *state;
+    int placed[2] = {0, 0};
+    double weight;
+
+    down(f);
+    f->options.slow_start_ms = 600000;
+    up(f);
+    join(f, 0, 11);
+    weight = listed_weight(f, 0);
+    join(f, 1, 12);
+    /* All are new: they share alike. They came within a moment, so their factors are as good as
+     * equal, and so are their shares. */
+    assert_true(listed_weight(f, 0) == weight);
+    assert_true(listed_weight(f, 1) == 2 * weight);
+    announce_one(f, 0, 11, 201); /* It holds something: it was not new, we forgot it. */
+    assert_true(listed_weight(f, 0) == weight);
+    assert_true(listed_weight(f, 1) == 2 * weight / 8);
+    for (uint8_t id = 1; id <= 200; id++) { /* 1 against 2/8 for store 1: 40 of them, +- 6. */
+        Redknot__V1__PlaceReply *reply = NULL;
+
+        assert_int_equal(place(f, id, 10, &reply), RK_OK);
+        placed[strcmp(reply->shards[0]->node_id, store_name(1)) == 0]++;
+        rk_rpc_message_free(&reply->base);
+    }
+    assert_true(placed[1] > 12 && placed[1] < 68);
+    join(f, 0, 21); /* Another incarnation is new, and nothing is left that is not. */
+    assert_true(listed_weight(f, 0) == weight);
+    assert_true(listed_weight(f, 1) == 2 * weight);
+}
+
+static void a_restart_of_ours_makes_nobody_new(void **state)
+{
+    struct fixture *f = *state;
+    double weight;
+
+    down(f);
+    f->options.slow_start_ms = 600000;
+    up(f);
+    join(f, 0, 11);
+    join(f, 1, 12);
+    weight = listed_weight(f, 0);
+    down(f);
+    up(f);
+    (void)heartbeat(f, 0, 11, NULL);
+    join(f, 0, 11);
+    join(f, 1, 13); /* This one is. */
+    assert_true(listed_weight(f, 0) == weight);
+    assert_true(listed_weight(f, 1) == 2 * weight / 8);
+}
+
+static void a_share_grows_to_its_whole(void **state)
+{
+    struct fixture *f = *state;
+    int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
+    double last = 0;
+    double weight = 0;
+
+    down(f);
+    f->options.slow_start_ms = 500;
+    up(f);
+    join(f, 0, 11);
+    announce_one(f, 0, 11, 201);
+    join(f, 1, 12);
+    while (weight < 2 * listed_weight(f, 0) && rk_deadline_left_ms(deadline_ns) != 0) {
+        weight = listed_weight(f, 1);
+        assert_true(weight >= last);
+        last = weight;
+    }
+    assert_true(weight == 2 * listed_weight(f, 0));
+}
+
 static void a_second_coordinator_is_refused(void **state)
 {
     struct fixture *f = *state;
@@ -865,6 +1133,9 @@ int main(void)
         TEST(a_dead_store_fails_the_commit_by_name),
         TEST(evicted_and_lost_keep_their_tokens),
         TEST(a_silent_node_is_down_and_comes_back),
+        TEST(evicted_before_it_is_published),
+        TEST(a_put_from_before_the_drop_is_refused),
+        TEST(a_drop_during_the_commit_wins),
         TEST(another_model_is_a_miss),
         TEST(a_restart_is_warm),
         TEST(an_announcement_replaces),
@@ -874,6 +1145,10 @@ int main(void)
         TEST(segments_are_bounded),
         TEST(garbage_is_refused),
         TEST(status_tells_nodes_and_segments),
+        TEST(stores_are_listed_by_capacity),
+        TEST(a_new_store_starts_slowly),
+        TEST(a_restart_of_ours_makes_nobody_new),
+        TEST(a_share_grows_to_its_whole),
         TEST(a_second_coordinator_is_refused),
     };
 

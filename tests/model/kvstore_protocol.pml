@@ -12,8 +12,8 @@
  *   P3  The pins of a dead reader end, and the room of all that is not committed comes back.
  *   P4  A shard is visible only after its last page; of a put all shards are located, or none.
  *   P5  No process is stuck, and never are more pages in use than there are.
- *   P6  In the end the index and the store agree on what is present. Not quite so in the C
- *       code: see README.md and the FIX_ below.
+ *   P6  In the end the index and the store agree on what is present.
+ *   P7  What was placed before a drop is never visible after it.
  *
  * BUG_ are seeded bugs: each must be found.
  */
@@ -82,9 +82,8 @@ byte registered; /* incarnation */
 byte indexed;    /* generation; 0: the segment is not known */
 bool present[SHARDS];
 byte tombstone; /* generation */
-#ifdef FIX_REMOVED_WHILE_PLACED
+byte dropped;   /* for the assertions only: the newest generation when the last drop came */
 byte placed_removed; /* a bit per object */
-#endif
 
 byte events;
 byte busy = 4; /* writers and readers that are not done: events happen only meanwhile */
@@ -365,7 +364,10 @@ inline place()
 
 inline check_still_good(g)
 {
-    ok = indexed <= g && placed_at == registered
+    ok = indexed <= g && placed_at == registered;
+#ifndef BUG_COMMIT_DROPPED
+    ok = ok && g > tombstone
+#endif
 }
 
 inline publish(g)
@@ -379,7 +381,7 @@ inline publish(g)
             :: present[m] && indexed < g -> n = OBJECT(indexed, m); store_drop(n)
             :: else
             fi;
-#ifdef FIX_REMOVED_WHILE_PLACED
+#ifndef BUG_REMOVED_WHILE_PLACED
             present[m] = (placed_removed & BIT(OBJECT(g, m))) == 0
 #else
             present[m] = true
@@ -411,6 +413,7 @@ inline locate(r)
             n = OBJECT(indexed, i);
             assert(object[n].fate != 0) /* P4 */
         }
+        assert(indexed > dropped); /* P7 */
         printf("reader %d: locates generation %d\n", r, indexed);
         wanted[r] = indexed
     :: else
@@ -422,9 +425,7 @@ inline heartbeat()
     for (n : 0 .. OBJECTS - 1) {
         if
         :: (removed & BIT(n)) && indexed == GENERATION(n) -> present[SHARD(n)] = false
-#ifdef FIX_REMOVED_WHILE_PLACED
         :: (removed & BIT(n)) && placed[GENERATION(n)] -> placed_removed = placed_removed | BIT(n)
-#endif
         :: else
         fi
     }
@@ -636,7 +637,12 @@ end:
         EVENT_MAY_HAPPEN && indexed != 0 ->
         events++;
         printf("coordinator: drops generation %d\n", indexed);
+        dropped = generations;
+#ifndef BUG_DROP_VISIBLE_ONLY
+        tombstone = generations;
+#else
         tombstone = indexed;
+#endif
         for (m : 0 .. SHARDS - 1) {
             if
             :: present[m] ->
@@ -698,12 +704,11 @@ proctype Final()
             assert(!pinned[i]) /* P3 */
         }
         assert(in_use == NUM_COMMITTED * PAGES); /* P3 */
-#ifdef CHECK_INDEX
         for (i : 0 .. SHARDS - 1) {
             assert(present[i] == (committed[i] != 0)); /* P6 */
             assert(committed[i] == 0 || committed[i] == indexed) /* P6 */
         }
-#endif
+        assert(indexed == 0 || indexed > dropped) /* P7 */
     }
 }
 #endif

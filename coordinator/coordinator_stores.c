@@ -1,0 +1,73 @@
+/* ListStores: the stores that may be placed on now. */
+#include "common/base/clock.h"
+#include "coordinator/coordinator_internal.h"
+#include "coordinator/placement.h"
+
+static enum rk_status out_of_memory(struct rk_error *error)
+{
+    return rk_error_set(error, RK_ERR_NO_MEMORY, "the coordinator is out of memory");
+}
+
+/* share: of slow start. */
+static Redknot__V1__ListStoresReply__Store *store_message(struct arena *arena,
+                                                          const struct index_node *node,
+                                                          double share)
+{
+    Redknot__V1__ListStoresReply__Store *store = arena_alloc(arena, 1, sizeof(*store));
+
+    if (store == NULL) {
+        return NULL;
+    }
+    redknot__v1__list_stores_reply__store__init(store);
+    store->endpoint = coordinator_endpoint_message(arena, node);
+    /* As if empty: clients that hash keys over nodes agree over time only if weights rest. */
+    store->weight = placement_weight(node->info->capacity_bytes, 0) * share;
+    return store->endpoint == NULL ? NULL : store;
+}
+
+/* Under index_lock. */
+static enum rk_status fill_stores(struct coordinator *coordinator, struct arena *arena,
+                                  Redknot__V1__ListStoresReply *reply)
+{
+    struct index_node *first = index_nodes(coordinator->index);
+    int64_t now_ns = rk_clock_ns();
+    double factor_max = index_factor_max(coordinator->index, now_ns);
+
+    reply->stores = arena_alloc(arena, HASH_COUNT(first), sizeof(*reply->stores));
+    if (reply->stores == NULL) {
+        return RK_ERR_NO_MEMORY;
+    }
+    for (struct index_node *node = first; node != NULL; node = node->hh.next) {
+        double factor = index_node_factor(coordinator->index, node, now_ns);
+
+        if (!index_node_usable(coordinator->index, node, now_ns)) {
+            continue;
+        }
+        reply->stores[reply->n_stores] =
+            store_message(arena, node, liveness_share(factor, factor_max));
+        if (reply->stores[reply->n_stores++] == NULL) {
+            return RK_ERR_NO_MEMORY;
+        }
+    }
+    return RK_OK;
+}
+
+enum rk_status coordinator_list_stores(struct coordinator *coordinator, struct arena *arena,
+                                       const ProtobufCMessage *message,
+                                       ProtobufCMessage **ret_reply, struct rk_error *error)
+{
+    Redknot__V1__ListStoresReply *reply = arena_alloc(arena, 1, sizeof(*reply));
+    enum rk_status status;
+
+    (void)message; /* It asks for nothing in particular. */
+    if (reply == NULL) {
+        return out_of_memory(error);
+    }
+    redknot__v1__list_stores_reply__init(reply);
+    reply->epoch = coordinator->epoch;
+    (void)pthread_mutex_lock(&coordinator->index_lock);
+    status = fill_stores(coordinator, arena, reply);
+    (void)pthread_mutex_unlock(&coordinator->index_lock);
+    *ret_reply = &reply->base;
+    return status == RK_OK ? RK_OK : out_of_memory(error);
+}
