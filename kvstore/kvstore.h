@@ -49,7 +49,7 @@ enum kvstore_kind { KVSTORE_SHARD, KVSTORE_VALUE };
 
 /*
  * What a shard is. Text and tokens are borrowed by calls and owned by shards. Of a value only
- * key, key_bytes, value_bytes and replace are given; its id and generation are made by the store.
+ * key, key_bytes and value_bytes are given; its id and generation are made by the store.
  */
 struct kvstore_header {
     enum kvstore_kind kind;
@@ -66,8 +66,7 @@ struct kvstore_header {
     const char *label;        /* NULL counts as "" */
     const void *key;
     uint32_t key_bytes;
-    uint64_t value_bytes;
-    bool replace; /* else a key that is stored already is RK_ERR_EXISTS */
+    uint64_t value_bytes; /* under a key that is stored already: RK_ERR_EXISTS */
 };
 
 /* Names one shard of one generation. */

@@ -106,8 +106,7 @@ enum rk_status message_header_read(const Redknot__V1__PutItem *wire,
     *ret_header = (struct kvstore_header){.kind = KVSTORE_VALUE,
                                           .key = value->key.data,
                                           .key_bytes = (uint32_t)value->key.len,
-                                          .value_bytes = value->bytes,
-                                          .replace = value->replace};
+                                          .value_bytes = value->bytes};
     return RK_OK;
 }
 

@@ -210,15 +210,18 @@ static enum rk_status make_room(struct kvstore *store, struct kvstore_shard *sha
     }
 }
 
+static enum rk_status value_exists(struct rk_error *error)
+{
+    return rk_error_set(error, RK_ERR_EXISTS, "a value is stored under this key");
+}
+
 /* An earlier attempt of the same generation gives way, unless it is still being written. */
 static enum rk_status begin_check_slot(struct kvstore *store, const struct kvstore_shard *shard,
                                        const struct kvstore_name *name, struct rk_error *error)
 {
     struct slot *slot = kvstore_slot_find(store, &name->segment_id, name->shard_index);
     if (shard->header.kind == KVSTORE_VALUE) {
-        bool kept = slot && slot->committed && !shard->header.replace;
-        return kept ? rk_error_set(error, RK_ERR_EXISTS, "a value is stored under this key")
-                    : RK_OK;
+        return slot && slot->committed ? value_exists(error) : RK_OK;
     }
     if (slot && slot->committed && slot->committed->header.generation >= name->generation) {
         return rk_error_set(error, RK_ERR_EXISTS, "generation %llu is committed here",
@@ -483,6 +486,11 @@ enum rk_status kvstore_commit(struct kvstore *store, const struct kvstore_name *
     struct kvstore_shard *fresh = kvstore_staged_find(store, name);
     if (old && old->header.generation == name->generation) {
         goto done; /* A repeated commit, such as after a lost reply. */
+    }
+    if (old && fresh && fresh->header.kind == KVSTORE_VALUE) {
+        kvstore_shard_remove(store, fresh); /* Another writer was first. */
+        status = value_exists(error);
+        goto done;
     }
     if (old && old->header.generation > name->generation) {
         status = rk_error_set(error, RK_ERR_EXISTS, "a newer generation, %llu, is committed here",
