@@ -13,13 +13,14 @@ static enum rk_status commit(struct rk_rpc_call *call, void *context, struct rk_
     ProtobufCMessage *request = NULL;
     enum rk_status status =
         rk_rpc_call_recv(call, &redknot__v1__commit_shard_request__descriptor, &request);
+    void (*committed)(void *context, uint64_t generation) = atomic_load(&store->committed);
     uint64_t generation =
         status == RK_OK ? ((Redknot__V1__CommitShardRequest *)request)->generation : 0;
 
     rk_rpc_message_free(request);
     atomic_fetch_add(&store->commits, 1);
-    if (status == RK_OK && store->committed != NULL) {
-        store->committed(store->committed_context, generation);
+    if (status == RK_OK && committed != NULL) {
+        committed(store->committed_context, generation);
     }
     if (status == RK_OK && atomic_load(&store->fail_commit) != RK_OK) {
         return rk_error_set(error, (enum rk_status)atomic_load(&store->fail_commit),

@@ -17,8 +17,8 @@ struct fake_store {
     char address[64];
     atomic_int fail_commit; /* an enum rk_status; RK_OK: none */
     /* Called on the server's thread once a shard is committed, before the answer; NULL: nothing.
-     * Set while no call is under way. */
-    void (*committed)(void *context, uint64_t generation);
+     * Set the context first. */
+    void (*_Atomic committed)(void *context, uint64_t generation);
     void *committed_context;
     atomic_int commits;
     atomic_int aborts;

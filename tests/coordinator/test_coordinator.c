@@ -622,10 +622,10 @@ static void evicted_before_it_is_published(void **state)
     uint64_t generation;
 
     join(f, 0, 11);
-    f->stores[0].committed = evict_at_once;
     f->stores[0].committed_context = f;
+    atomic_store(&f->stores[0].committed, evict_at_once);
     generation = put(f, 1);
-    f->stores[0].committed = NULL;
+    atomic_store(&f->stores[0].committed, NULL);
     expect(f, 1, "MISS_EVICTED", true);
     down(f);
     up(f);
@@ -689,10 +689,10 @@ static void a_drop_during_the_commit_wins(void **state)
     first = place_ok(f, 1);
     second = place_ok(f, 1);
     assert_int_equal(commit(f, 1, first), RK_OK);
-    f->stores[0].committed = drop_at_once;
     f->stores[0].committed_context = f;
+    atomic_store(&f->stores[0].committed, drop_at_once);
     assert_int_equal(commit(f, 1, second), RK_MISS_STALE_GENERATION);
-    f->stores[0].committed = NULL;
+    atomic_store(&f->stores[0].committed, NULL);
     assert_true(atomic_load(&f->stores[0].last_dropped) == second);
     expect(f, 1, "MISS_ABSENT", false);
     down(f);
