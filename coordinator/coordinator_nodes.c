@@ -110,9 +110,10 @@ enum rk_status coordinator_heartbeat(struct coordinator *coordinator, struct are
         reply->register_again = true;
     } else {
         /* After a restart of ours it counts as alive at once, and is asked for its inventory:
-         * evictions that it reported while we were away are in there. */
-        reply->register_again = !node->registered;
+         * evictions that it reported while we were away are in there. So is a node that was down
+         * or ejected, for it did not hear of drops. */
         index_node_heard(coordinator->index, node, rk_clock_ns());
+        reply->register_again = !node->registered;
         node->info->used_bytes = request->used_bytes;
         changed = apply_removed(coordinator, node, request);
     }

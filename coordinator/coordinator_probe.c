@@ -86,6 +86,7 @@ static void store_passed(struct coordinator *coordinator, const struct probe_tar
     node = find_node(coordinator, target->node_id, target->incarnation);
     if (node != NULL) {
         readmitted = liveness_passed(&node->liveness, rk_clock_ns());
+        node->registered = node->registered && !readmitted; /* It shall announce what it has. */
     }
     (void)pthread_mutex_unlock(&coordinator->index_lock);
     if (readmitted) {

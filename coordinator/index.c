@@ -89,6 +89,7 @@ void index_node_heard(const struct index *index, struct index_node *node, int64_
     /* Not heard of yet: we restarted, and it did not. */
     if (node->heard_ns != 0 && !index_node_alive(index, node, now_ns)) {
         liveness_came(&node->liveness, false, now_ns);
+        node->registered = false; /* Drops did not reach it: it shall announce what it has. */
     }
     node->heard_ns = now_ns;
 }

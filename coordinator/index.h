@@ -45,7 +45,7 @@ struct index_node {
     char *node_id;
     Redknot__V1__NodeInfo *info; /* own copy */
     int64_t heard_ns;            /* last sign of life; 0: none since this process began */
-    bool registered;             /* since this process began */
+    bool registered;             /* since this process began, or since it came back */
     bool was_alive;              /* for the log: changes are told once */
     struct liveness liveness;    /* of stores */
     uint64_t visit;              /* scratch of whoever walks over nodes */
@@ -149,7 +149,7 @@ RK_MUST_CHECK enum rk_status index_node_register(struct index *index,
 RK_MUST_CHECK enum rk_status index_node_load(struct index *index,
                                              const Redknot__V1__NodeInfo *info);
 struct index_node *index_node_find(struct index *index, const char *node_id);
-/* A sign of life. A node that was down is back. */
+/* A sign of life. A node that was down is back, and must register and announce again. */
 void index_node_heard(const struct index *index, struct index_node *node, int64_t now_ns);
 bool index_node_alive(const struct index *index, const struct index_node *node, int64_t now_ns);
 /* A store that may be placed on, and whose shards are located. */
@@ -171,8 +171,7 @@ struct index_segment *index_segment_find(struct index *index, const struct rk_id
  * supersedes goes to drops. Unknown nodes make lost locations. */
 RK_MUST_CHECK enum rk_status index_segment_put(struct index *index, const struct segment_spec *spec,
                                                int64_t now_ns, struct index_drops *drops);
-/* Forgets it and keeps a tombstone of this generation, or of the segment's own if that is higher.
- */
+/* Forgets it and keeps a tombstone: of this generation, or of the segment's own if higher. */
 RK_MUST_CHECK enum rk_status index_segment_drop(struct index *index, struct index_segment *segment,
                                                 uint64_t generation, int64_t now_ns,
                                                 struct index_drops *drops);

@@ -396,6 +396,48 @@ static void start_store(struct fixture *f)
     wait_for_state(f, "real", "up");
 }
 
+/* register_again of the reply. */
+static bool heartbeat(struct fixture *f, const char *node_id, uint64_t incarnation)
+{
+    Redknot__V1__HeartbeatRequest request = REDKNOT__V1__HEARTBEAT_REQUEST__INIT;
+    Redknot__V1__HeartbeatReply *reply = NULL;
+    bool again;
+
+    request.node_id = (char *)(uintptr_t)node_id;
+    request.incarnation = incarnation;
+    assert_int_equal(call(f, M("Heartbeat"), &request.base,
+                          &redknot__v1__heartbeat_reply__descriptor, (ProtobufCMessage **)&reply),
+                     RK_OK);
+    again = reply->register_again;
+    rk_rpc_message_free(&reply->base);
+    return again;
+}
+
+/* What was dropped in the meantime it still has. */
+static void who_comes_back_announces_again(void **state)
+{
+    struct fixture *f = *state;
+
+    join(f, "store-0", 11, f->stores[0].address);
+    assert_false(heartbeat(f, "store-0", 11));
+    rk_rpc_server_set_serving(f->stores[0].server, false);
+    wait_for_state(f, "store-0", "ejected");
+    assert_false(heartbeat(f, "store-0", 11));
+    rk_rpc_server_set_serving(f->stores[0].server, true);
+    wait_for_state(f, "store-0", "up");
+    assert_true(heartbeat(f, "store-0", 11));
+    join(f, "store-0", 11, f->stores[0].address);
+    assert_false(heartbeat(f, "store-0", 11));
+
+    down(f);
+    f->options.timeout_ms = 20;
+    f->options.heartbeat_ms = 10;
+    up(f);
+    join(f, "store-0", 11, f->stores[0].address);
+    rk_clock_sleep_ms(50); /* Down, and back. */
+    assert_true(heartbeat(f, "store-0", 11));
+}
+
 /* Its connection stands, and the kernel takes what is sent on it. */
 static void a_stopped_process_is_ejected(void **state)
 {
@@ -510,6 +552,7 @@ int main(void)
         TEST(a_store_that_does_not_serve_is_ejected),
         TEST(a_readmitted_store_starts_slowly),
         TEST(silence_is_a_failure),
+        TEST(who_comes_back_announces_again),
         TEST(a_stopped_process_is_ejected),
         TEST(failed_commits_eject),
         TEST(a_commit_without_time_is_no_failure),
