@@ -3,10 +3,10 @@ JOBS ?= $(shell nproc)
 BUILD := build
 CTEST_ARGS ?=
 
-.PHONY: help setup build demo test bench verify clean format lint
+.PHONY: help setup build demo test bench bench-data-plane verify clean format lint
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: build ## Start a cluster on loopback, ask questions over examples/, show a table, stop it
 	@$(BUILD)/bin/redknot demo --examples examples
@@ -24,6 +24,11 @@ build: setup ## Build into build/, binaries in build/bin
 
 bench: build ## The benchmarks of docs/benchmarks.md, some minutes
 	@bench/run.sh
+
+bench-data-plane: ## Reads and writes against Mooncake, Redis and bare TCP, UCX and gRPC (QUICK=1: two minutes)
+	@$(MAKE) --no-print-directory build >&2
+	@bench/peers/install.sh
+	@bench/data_plane.py $(if $(QUICK),--quick)
 
 verify: ## Check the model of the store's protocol with spin, a minute
 	@tools/setup.sh tools/packages-ci.txt
