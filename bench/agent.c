@@ -3,6 +3,7 @@
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 
+#include <malloc.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -275,6 +276,9 @@ static bool task_parse(const char *line, struct task *ret_task)
 
 int agent_run(const struct agent_peer *peer, void *context)
 {
+    /* As our programs do, and the same for every peer's client. */
+    (void)mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    (void)mallopt(M_TRIM_THRESHOLD, 32 << 20);
     char line[128];
     struct task task;
     struct agent agent = {.peer = peer, .context = context, .fresh = AGENT_FRESH};

@@ -409,6 +409,7 @@ struct held_batch {
 
 struct view_call {
     struct rk_value_view *views;
+    struct rk_value_part *firsts; /* behind the views: most values are one part */
     struct held_batch *held;
     enum rk_path path;
 };
@@ -426,35 +427,43 @@ static void held_release(struct rk_values *values, struct held_batch *held)
 static void views_free(struct rk_value_view *views, size_t num_views)
 {
     for (size_t i = 0; views && i < num_views; i++) {
-        rk_free((void *)(uintptr_t)views[i].parts);
+        if (views[i].num_parts > 1) {
+            rk_free((void *)(uintptr_t)views[i].parts);
+        }
     }
     rk_free(views);
 }
 
-/* Pages that lie side by side are one part. */
-static enum rk_status view_fill(const struct rk_pages *pages, struct rk_value_view *view)
+static size_t parts_count(const struct rk_pages *pages)
 {
-    struct rk_value_part *parts = NULL;
     size_t count = 0;
-    size_t room = 0;
     for (uint64_t i = 0; i < pages->num_pages; i++) {
+        const uint8_t *page = pages->pages[i].data;
+        count += i == 0 || page != (const uint8_t *)pages->pages[i - 1].data + pages->page_bytes;
+    }
+    return count;
+}
+
+/* Pages that lie side by side are one part. */
+static enum rk_status view_fill(const struct rk_pages *pages, struct rk_value_part *first,
+                                struct rk_value_view *view)
+{
+    size_t count = parts_count(pages);
+    struct rk_value_part *parts = count == 1 ? first : rk_alloc_zero(count, sizeof(*parts));
+    if (!parts) {
+        return RK_ERR_NO_MEMORY;
+    }
+    struct rk_value_part *part = parts;
+    for (uint64_t i = 0; i < pages->num_pages; i++) {
+        const uint8_t *page = pages->pages[i].data;
         uint64_t left = pages->bytes - i * pages->page_bytes;
         size_t length = left < pages->page_bytes ? (size_t)left : pages->page_bytes;
-        struct rk_value_part *last = count > 0 ? &parts[count - 1] : NULL;
-        if (last && (const uint8_t *)last->data + last->bytes == pages->pages[i].data) {
-            last->bytes += length;
+        if (i > 0 && (const uint8_t *)part->data + part->bytes == page) {
+            part->bytes += length;
             continue;
         }
-        if (count == room) {
-            room = room ? room * 2 : 2;
-            struct rk_value_part *more = rk_alloc_resize(parts, room, sizeof(*more));
-            if (!more) {
-                rk_free(parts);
-                return RK_ERR_NO_MEMORY;
-            }
-            parts = more;
-        }
-        parts[count++] = (struct rk_value_part){pages->pages[i].data, length};
+        part += i > 0;
+        *part = (struct rk_value_part){page, length};
     }
     view->parts = parts;
     view->num_parts = count;
@@ -486,7 +495,7 @@ static void view_at(struct call *call, const struct store *store, const size_t *
         struct rk_value_view *view = &all->views[items[i]];
         enum rk_status item = as_miss(status == RK_OK ? held->pages[i].status : status);
         if (item == RK_OK) {
-            item = view_fill(&held->pages[i], view);
+            item = view_fill(&held->pages[i], &all->firsts[items[i]], view);
         }
         view->status = reason(view->status, item);
         call->open[items[i]] = perhaps_elsewhere(item);
@@ -513,7 +522,8 @@ enum rk_status rk_values_view(struct rk_values *values, const struct rk_value_ke
     struct view_call all = {.path = RK_PATH_NONE};
     enum rk_status status = call_begin(&call, values, num_keys, timeout_ms, error);
     if (status == RK_OK) {
-        all.views = rk_alloc_zero(num_keys, sizeof(*all.views));
+        all.views = rk_alloc_zero(num_keys, sizeof(*all.views) + sizeof(*all.firsts));
+        all.firsts = (struct rk_value_part *)(void *)(all.views + num_keys);
         status = all.views ? RK_OK : rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for views");
     }
     for (size_t i = 0; status == RK_OK && i < num_keys; i++) {

@@ -195,6 +195,10 @@ size_t store_set_rank(const struct store_set *set, const struct rk_id *id,
 {
     double scores[VALUES_RANKS];
     size_t count = 0;
+    if (set->count == 1) {
+        ret_ranks[0] = 0;
+        return 1;
+    }
     for (uint32_t i = 0; i < set->count; i++) {
         const struct store *store = &set->stores[i];
         double score = rk_rendezvous_score(id, 0, store->endpoint.node_id, store->weight);

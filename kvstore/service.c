@@ -288,45 +288,61 @@ static void hold_release(struct get_hold *hold)
 /* One message under way: its protobuf header, then bytes where they lie. */
 struct data_message {
     struct get_hold *hold;
-    uint8_t header[8];
+    uint8_t *header; /* with room for the tag and the length of data */
+    size_t header_bytes;
     size_t num_parts;
     size_t bytes;
     struct rk_rpc_part parts[1 + PARTS_MAX];
 };
 
+#define DATA_HEADER_BYTES 8
+
 static void message_release(void *context)
 {
     struct data_message *message = context;
     hold_release(message->hold);
+    rk_free(message->header);
     rk_free(message);
 }
 
-static struct data_message *message_make(struct get_hold *hold)
+/* found_bytes: room for what comes first. */
+static struct data_message *message_make(struct get_hold *hold, size_t found_bytes)
 {
     struct data_message *message = rk_alloc(sizeof(*message));
-    if (message) {
-        message->hold = hold;
-        message->num_parts = 0;
-        message->bytes = 0;
-        atomic_fetch_add_explicit(&hold->refs, 1, memory_order_relaxed);
+    uint8_t *header = rk_alloc(found_bytes + DATA_HEADER_BYTES);
+    if (!message || !header) {
+        rk_free(message);
+        rk_free(header);
+        return NULL;
     }
+    message->hold = hold;
+    message->header = header;
+    message->header_bytes = found_bytes;
+    message->num_parts = 0;
+    message->bytes = 0;
+    atomic_fetch_add_explicit(&hold->refs, 1, memory_order_relaxed);
     return message;
 }
 
-/* GetReply{data = 15}: the tag and the length. Takes over the message. */
-static enum rk_status message_send(struct rk_rpc_call *call, struct data_message *message)
+/* GetReply{found, data = 15}. Takes over the message. */
+static enum rk_status message_send(struct rk_rpc_call *call, struct data_message *message,
+                                   bool last)
 {
-    size_t at = 0;
-    message->header[at++] = 15 << 3 | 2;
-    for (size_t left = message->bytes;; left >>= 7) {
-        message->header[at++] = (uint8_t)(left >= 0x80 ? left | 0x80 : left);
-        if (left < 0x80) {
-            break;
+    uint8_t *header = message->header;
+    size_t at = message->header_bytes;
+    if (message->bytes > 0) {
+        size_t left = message->bytes;
+        header[at++] = 15 << 3 | 2;
+        for (; left >= 0x80; left >>= 7) {
+            header[at++] = (uint8_t)(left | 0x80);
         }
+        header[at++] = (uint8_t)left;
     }
-    message->parts[0] = (struct rk_rpc_part){message->header, at};
-    return rk_rpc_call_send_parts(call, message->parts, 1 + message->num_parts, message_release,
-                                  message);
+    message->parts[0] = (struct rk_rpc_part){header, at};
+    return last ? rk_rpc_call_send_last_parts(call, message->parts, 1 + message->num_parts,
+                                              message_release, message)
+                : rk_rpc_call_send_parts(call, message->parts, 1 + message->num_parts,
+                                         message_release, message);
 }
 
 static void message_add(struct data_message *message, const uint8_t *data, size_t bytes)
@@ -350,69 +366,66 @@ struct found_item {
     uint64_t *checksums;
 };
 
-static enum rk_status data_send(struct kvstore_service *service, struct rk_rpc_call *call,
-                                struct get_hold *hold, const struct found_item *items, size_t count)
+/* The message with what was found, and room for data behind it. */
+static struct data_message *found_pack(struct get_hold *hold, const struct found_item *items,
+                                       size_t count)
+{
+    Redknot__V1__GetReply reply = REDKNOT__V1__GET_REPLY__INIT;
+    Redknot__V1__GetReply__Found found = REDKNOT__V1__GET_REPLY__FOUND__INIT;
+    Redknot__V1__GetReply__Item *wire = rk_alloc_zero(count, sizeof(*wire));
+    Redknot__V1__GetReply__Item **pointers = rk_alloc_zero(count, sizeof(*pointers));
+    struct data_message *message = NULL;
+    if (wire && pointers) {
+        for (size_t i = 0; i < count; i++) {
+            redknot__v1__get_reply__item__init(&wire[i]);
+            wire[i].status = (char *)(uintptr_t)rk_status_name(items[i].status);
+            wire[i].error = (char *)(uintptr_t)items[i].error.text;
+            wire[i].tier = (Redknot__V1__Tier)items[i].found.tier;
+            wire[i].page_bytes = items[i].found.page_bytes;
+            wire[i].bytes = items[i].found.bytes;
+            wire[i].n_checksums = items[i].found.num_pages;
+            wire[i].checksums = items[i].checksums;
+            pointers[i] = &wire[i];
+        }
+        found.n_items = count;
+        found.items = pointers;
+        reply.found = &found;
+        message = message_make(hold, redknot__v1__get_reply__get_packed_size(&reply));
+        if (message) {
+            (void)redknot__v1__get_reply__pack(&reply, message->header);
+        }
+    }
+    rk_free(wire);
+    rk_free(pointers);
+    return message;
+}
+
+/* Sends what was found and all its bytes. */
+static enum rk_status items_send(struct kvstore_service *service, struct rk_rpc_call *call,
+                                 struct get_hold *hold, const struct found_item *items,
+                                 size_t count)
 {
     const uint8_t *arena = kvstore_arena(service->store);
-    struct data_message *message = NULL;
-    enum rk_status status = RK_OK;
+    struct data_message *message = found_pack(hold, items, count);
+    enum rk_status status = message ? RK_OK : RK_ERR_NO_MEMORY;
     for (size_t i = 0; i < count && status == RK_OK; i++) {
         const struct found_item *item = &items[i];
         uint64_t left = item->found.bytes;
         for (uint64_t page = 0; page < item->found.num_pages && status == RK_OK; page++) {
             uint64_t page_bytes = item->found.page_bytes;
             size_t length = left < page_bytes ? (size_t)left : (size_t)page_bytes;
-            message = message ? message : message_make(hold);
-            if (!message) {
-                return RK_ERR_NO_MEMORY;
+            if (message->bytes >= MESSAGE_BYTES || message->num_parts == PARTS_MAX) {
+                status = message_send(call, message, false);
+                message = status == RK_OK ? message_make(hold, 0) : NULL;
+                if (!message) {
+                    return status == RK_OK ? RK_ERR_NO_MEMORY : status;
+                }
             }
             message_add(message, arena + item->offsets[page], length);
             left -= length;
-            if (message->bytes >= MESSAGE_BYTES || message->num_parts == PARTS_MAX) {
-                status = message_send(call, message);
-                message = NULL;
-            }
         }
     }
-    if (message && status == RK_OK) {
-        return message_send(call, message);
-    }
-    if (message) {
-        message_release(message);
-    }
-    return status;
-}
-
-static enum rk_status found_send(struct rk_rpc_call *call, const struct found_item *items,
-                                 size_t count)
-{
-    Redknot__V1__GetReply reply = REDKNOT__V1__GET_REPLY__INIT;
-    Redknot__V1__GetReply__Found found = REDKNOT__V1__GET_REPLY__FOUND__INIT;
-    Redknot__V1__GetReply__Item *messages = rk_alloc_zero(count, sizeof(*messages));
-    Redknot__V1__GetReply__Item **pointers = rk_alloc_zero(count, sizeof(*pointers));
-    enum rk_status status = RK_ERR_NO_MEMORY;
-    if (messages && pointers) {
-        for (size_t i = 0; i < count; i++) {
-            Redknot__V1__GetReply__Item *message = &messages[i];
-            redknot__v1__get_reply__item__init(message);
-            message->status = (char *)(uintptr_t)rk_status_name(items[i].status);
-            message->error = (char *)(uintptr_t)items[i].error.text;
-            message->tier = (Redknot__V1__Tier)items[i].found.tier;
-            message->page_bytes = items[i].found.page_bytes;
-            message->bytes = items[i].found.bytes;
-            message->n_checksums = items[i].found.num_pages;
-            message->checksums = items[i].checksums;
-            pointers[i] = message;
-        }
-        found.n_items = count;
-        found.items = pointers;
-        reply.part_case = REDKNOT__V1__GET_REPLY__PART_FOUND;
-        reply.found = &found;
-        status = rk_rpc_call_send(call, &reply.base);
-    }
-    rk_free(messages);
-    rk_free(pointers);
-    return status;
+    return status == RK_OK ? message_send(call, message, true) : status;
 }
 
 /* Pins what is asked for. */
@@ -503,10 +516,7 @@ static enum rk_status get_items(struct kvstore_service *service, struct rk_rpc_c
         for (size_t i = 0; i < count; i++) {
             item_find(service, request->items[i], hold, &items[i]);
         }
-        status = found_send(call, items, count);
-        if (status == RK_OK) {
-            status = data_send(service, call, hold, items, count);
-        }
+        status = items_send(service, call, hold, items, count);
         for (size_t i = 0; i < count; i++) {
             if (status == RK_OK) {
                 rk_metric_add(service->read_bytes[RK_PATH_GRPC], (double)items[i].found.bytes);

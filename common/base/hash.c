@@ -3,7 +3,10 @@
 #include "common/base/status.h"
 
 #include <openssl/evp.h>
+#include <pthread.h>
 #include <xxhash.h>
+
+#include <xxh_x86dispatch.h> /* after xxhash.h: its functions for the instructions of this CPU */
 
 /* struct rk_sha256 is libcrypto's EVP_MD_CTX under our name. */
 static EVP_MD_CTX *context_of(struct rk_sha256 *sha)
@@ -11,11 +14,22 @@ static EVP_MD_CTX *context_of(struct rk_sha256 *sha)
     return (EVP_MD_CTX *)sha;
 }
 
+/* Found once: EVP_sha256() alone would have libcrypto look for it, under a lock, every time. */
+static EVP_MD *sha256;
+static pthread_once_t sha256_once = PTHREAD_ONCE_INIT;
+
+static void sha256_find(void)
+{
+    sha256 = EVP_MD_fetch(NULL, "SHA256", NULL);
+    RK_ASSERT(sha256 != NULL);
+}
+
 struct rk_sha256 *rk_sha256_begin(void)
 {
+    (void)pthread_once(&sha256_once, sha256_find);
     EVP_MD_CTX *context = EVP_MD_CTX_new();
     RK_ASSERT(context != NULL);
-    RK_ASSERT(EVP_DigestInit_ex(context, EVP_sha256(), NULL) == 1);
+    RK_ASSERT(EVP_DigestInit_ex2(context, sha256, NULL) == 1);
     return (struct rk_sha256 *)context;
 }
 

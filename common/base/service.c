@@ -5,12 +5,15 @@
 #include <argp.h>
 #include <ctype.h>
 #include <errno.h>
+#include <malloc.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <strings.h>
 #include <sys/random.h>
 #include <unistd.h>
+
+#define MALLOC_KEEP_BYTES (32 << 20)
 
 static sigset_t stop_signals(void)
 {
@@ -23,6 +26,10 @@ static sigset_t stop_signals(void)
 
 void rk_service_init(void)
 {
+    /* Messages of megabytes come and go: their memory stays ours, for fresh pages must be cleared
+     * by the kernel first, which costs more than to copy them. */
+    (void)mallopt(M_MMAP_THRESHOLD, MALLOC_KEEP_BYTES);
+    (void)mallopt(M_TRIM_THRESHOLD, MALLOC_KEEP_BYTES);
     sigset_t set = stop_signals();
     struct sigaction ignore = {.sa_handler = SIG_IGN};
 

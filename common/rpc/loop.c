@@ -164,8 +164,29 @@ void rpc_batch_start(struct rpc_batch *batch, grpc_call *call, const grpc_op *op
     RK_ASSERT(failure == GRPC_CALL_OK); /* Anything else is a wrong use of gRPC. */
 }
 
+/* The waiting thread does gRPC's work meanwhile. */
+static bool batch_pluck(struct rpc_batch *batch, int64_t deadline_ns)
+{
+    while (batch->pending) {
+        gpr_timespec until = deadline_ns == RK_DEADLINE_NEVER
+                                 ? gpr_inf_future(GPR_CLOCK_MONOTONIC)
+                                 : rpc_timespec_in_ms(rk_deadline_left_ms(deadline_ns));
+        grpc_event event = grpc_completion_queue_pluck(batch->pluck, &batch->event, until, NULL);
+        if (event.type != GRPC_OP_COMPLETE) {
+            return false;
+        }
+        RPC_TSAN_ACQUIRE(&batch->event);
+        batch->ok = event.success != 0;
+        batch->pending = false;
+    }
+    return true;
+}
+
 bool rpc_batch_wait_until(struct rpc_batch *batch, int64_t deadline_ns)
 {
+    if (batch->pluck) {
+        return batch_pluck(batch, deadline_ns);
+    }
     bool in_time = true;
     pthread_mutex_lock(&batch->sync->mutex);
     while (batch->pending && in_time) {

@@ -84,6 +84,13 @@ RK_MUST_CHECK enum rk_status rk_rpc_call_send_parts(struct rk_rpc_call *call,
                                                     size_t num_parts,
                                                     void (*release)(void *release_context),
                                                     void *release_context);
+/* The same for the last message of a call that will end with RK_OK: it leaves together with the
+ * status, when the handler returns. With another status it is not sent. */
+RK_MUST_CHECK enum rk_status rk_rpc_call_send_last_parts(struct rk_rpc_call *call,
+                                                         const struct rk_rpc_part *parts,
+                                                         size_t num_parts,
+                                                         void (*release)(void *release_context),
+                                                         void *release_context);
 /* True once the client is gone or the deadline passed. Cheap; from any thread. */
 bool rk_rpc_call_cancelled(struct rk_rpc_call *call);
 int64_t rk_rpc_call_deadline_ns(const struct rk_rpc_call *call);
@@ -108,6 +115,10 @@ RK_MUST_CHECK enum rk_status rk_rpc_unary(struct rk_rpc_channel *channel, const 
 RK_MUST_CHECK enum rk_status rk_rpc_stream_open(struct rk_rpc_channel *channel, const char *path,
                                                 int timeout_ms, struct rk_rpc_stream **ret_stream,
                                                 struct rk_error *error);
+/* A call with one request, which leaves together with the opening: nothing more is sent. */
+RK_MUST_CHECK enum rk_status rk_rpc_stream_open_with(
+    struct rk_rpc_channel *channel, const char *path, const struct ProtobufCMessage *request,
+    int timeout_ms, struct rk_rpc_stream **ret_stream, struct rk_error *error);
 RK_MUST_CHECK enum rk_status rk_rpc_stream_send(struct rk_rpc_stream *stream,
                                                 const struct ProtobufCMessage *message);
 /* As rk_rpc_call_send_parts. */

@@ -65,12 +65,14 @@ void rpc_sync_destroy(struct rpc_sync *sync);
 /* With the mutex held. False once deadline_ns has passed. */
 bool rpc_sync_wait(struct rpc_sync *sync, int64_t deadline_ns);
 
-/* One batch of operations that somebody waits for. */
+/* One batch of operations that somebody waits for: it ends in a loop's thread, or (pluck) in the
+ * waiting thread itself, which saves waking it. */
 struct rpc_batch {
     struct rpc_event event;
     struct rpc_sync *sync;
-    bool pending; /* under sync's mutex */
-    bool ok;      /* valid once not pending */
+    grpc_completion_queue *pluck; /* NULL: a loop's */
+    bool pending;                 /* under sync's mutex, unless plucked */
+    bool ok;                      /* valid once not pending */
 };
 
 void rpc_batch_init(struct rpc_batch *batch, struct rpc_sync *sync);

@@ -48,6 +48,8 @@ static void call_reset(struct rk_rpc_call *call)
     call->close_says_cancelled = 0;
     call->opened = false;
     call->held = NULL;
+    call->received = NULL;
+    call->recv_started = false;
     call->next = NULL;
 }
 
@@ -55,6 +57,9 @@ static void call_clear(struct rk_rpc_call *call)
 {
     if (call->held) {
         grpc_byte_buffer_destroy(call->held);
+    }
+    if (call->received) {
+        grpc_byte_buffer_destroy(call->received);
     }
     if (call->call) {
         grpc_call_unref(call->call);
@@ -96,6 +101,13 @@ void rpc_call_unref(struct rk_rpc_call *call)
     }
 }
 
+static void recv_start(struct rk_rpc_call *call)
+{
+    grpc_op op = {.op = GRPC_OP_RECV_MESSAGE, .data.recv_message.recv_message = &call->received};
+    call_start(call, &call->receiving, &op, 1);
+    call->recv_started = true;
+}
+
 void rpc_call_accept(struct rk_rpc_call *call)
 {
     gpr_timespec deadline = gpr_convert_clock_type(call->details.deadline, GPR_CLOCK_MONOTONIC);
@@ -108,6 +120,7 @@ void rpc_call_accept(struct rk_rpc_call *call)
     grpc_op op = {.op = GRPC_OP_RECV_CLOSE_ON_SERVER,
                   .data.recv_close_on_server.cancelled = &call->close_says_cancelled};
     call_start(call, &call->closing, &op, 1);
+    recv_start(call); /* It comes while a handler's thread wakes up. */
 }
 
 /* Why the call cannot go on, once one of its batches failed. */
@@ -143,10 +156,13 @@ enum rk_status rk_rpc_call_recv(struct rk_rpc_call *call,
     if (rk_rpc_call_cancelled(call)) {
         return call_failure(call);
     }
-    grpc_byte_buffer *buffer = NULL;
-    grpc_op op = {.op = GRPC_OP_RECV_MESSAGE, .data.recv_message.recv_message = &buffer};
-    call_start(call, &call->receiving, &op, 1);
+    if (!call->recv_started) {
+        recv_start(call);
+    }
     bool ok = call_finish(call, &call->receiving);
+    grpc_byte_buffer *buffer = call->received;
+    call->received = NULL;
+    call->recv_started = false;
     enum rk_status status;
     if (ok && buffer) {
         status = rpc_message_unpack(buffer, type, &call->scratch, ret_message);
@@ -208,6 +224,20 @@ enum rk_status rk_rpc_call_send_parts(struct rk_rpc_call *call, const struct rk_
     grpc_byte_buffer *buffer = NULL;
     enum rk_status status = rpc_parts_pack(parts, num_parts, release, release_context, &buffer);
     return status == RK_OK ? call_send(call, buffer) : status;
+}
+
+enum rk_status rk_rpc_call_send_last_parts(struct rk_rpc_call *call,
+                                           const struct rk_rpc_part *parts, size_t num_parts,
+                                           void (*release)(void *release_context),
+                                           void *release_context)
+{
+    grpc_byte_buffer *buffer = NULL;
+    RK_ASSERT(!call->held);
+    enum rk_status status = rpc_parts_pack(parts, num_parts, release, release_context, &buffer);
+    if (status == RK_OK) {
+        call->held = buffer;
+    }
+    return status;
 }
 
 bool rk_rpc_call_cancelled(struct rk_rpc_call *call)

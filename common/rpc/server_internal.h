@@ -38,7 +38,9 @@ struct rk_rpc_call {
     int close_says_cancelled; /* written by gRPC */
     atomic_bool cancelled;
     bool opened;
-    grpc_byte_buffer *held; /* a single reply, waiting for the status */
+    grpc_byte_buffer *held;     /* a single or last reply, waiting for the status */
+    grpc_byte_buffer *received; /* by the batch under way, or not taken yet */
+    bool recv_started;
     struct rpc_scratch scratch;
     struct rk_rpc_call *next;
 };

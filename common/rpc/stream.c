@@ -12,6 +12,7 @@ struct rk_rpc_stream {
     grpc_call *call;
     char *path;
     int64_t deadline_ns;
+    grpc_completion_queue *queue; /* of this call alone, worked by its thread */
     struct rpc_sync sync;
     struct rpc_batch opening; /* both initial metadata */
     struct rpc_batch sending;
@@ -21,6 +22,7 @@ struct rk_rpc_stream {
     grpc_metadata_array trailer;
     grpc_status_code code;
     grpc_slice message;
+    grpc_byte_buffer *request; /* of a call that has one; until its batch ends */
     grpc_byte_buffer *received;
     struct rpc_scratch scratch;
     bool sent_all;
@@ -28,7 +30,9 @@ struct rk_rpc_stream {
     bool received_all;
 };
 
-enum rk_status rk_rpc_stream_open(struct rk_rpc_channel *channel, const char *path, int timeout_ms,
+/* Takes over the request, if there is one. */
+static enum rk_status stream_open(struct rk_rpc_channel *channel, const char *path,
+                                  grpc_byte_buffer *request, int timeout_ms,
                                   struct rk_rpc_stream **ret_stream, struct rk_error *error)
 {
     struct rk_rpc_stream *stream = rk_alloc_zero(1, sizeof(*stream));
@@ -36,6 +40,9 @@ enum rk_status rk_rpc_stream_open(struct rk_rpc_channel *channel, const char *pa
     if (!stream || !path_copy) {
         rk_free(stream);
         rk_free(path_copy);
+        if (request) {
+            grpc_byte_buffer_destroy(request);
+        }
         return rk_error_set(error, RK_ERR_NO_MEMORY, "out of memory for call %s to %s", path,
                             channel->address);
     }
@@ -45,29 +52,55 @@ enum rk_status rk_rpc_stream_open(struct rk_rpc_channel *channel, const char *pa
     stream->message = grpc_empty_slice();
     stream->deadline_ns = rk_deadline_in_ms((int64_t)timeout_ms + DEADLINE_SLACK_MS);
     rpc_sync_init(&stream->sync);
-    rpc_batch_init(&stream->opening, &stream->sync);
-    rpc_batch_init(&stream->sending, &stream->sync);
-    rpc_batch_init(&stream->receiving, &stream->sync);
-    rpc_batch_init(&stream->ending, &stream->sync);
+    stream->queue = grpc_completion_queue_create_for_pluck(NULL);
+    struct rpc_batch *batches[] = {&stream->opening, &stream->sending, &stream->receiving,
+                                   &stream->ending};
+    for (size_t i = 0; i < sizeof(batches) / sizeof(batches[0]); i++) {
+        rpc_batch_init(batches[i], &stream->sync);
+        batches[i]->pluck = stream->queue;
+    }
     grpc_metadata_array_init(&stream->initial);
     grpc_metadata_array_init(&stream->trailer);
 
     grpc_slice method = grpc_slice_from_copied_string(path);
-    stream->call = grpc_channel_create_call(channel->channel, NULL, GRPC_PROPAGATE_DEFAULTS,
-                                            channel->loop->queue, method, NULL,
-                                            rpc_timespec_in_ms(timeout_ms), NULL);
+    stream->call =
+        grpc_channel_create_call(channel->channel, NULL, GRPC_PROPAGATE_DEFAULTS, stream->queue,
+                                 method, NULL, rpc_timespec_in_ms(timeout_ms), NULL);
     grpc_slice_unref(method);
     grpc_op status_op = {.op = GRPC_OP_RECV_STATUS_ON_CLIENT,
                          .data.recv_status_on_client = {.trailing_metadata = &stream->trailer,
                                                         .status = &stream->code,
                                                         .status_details = &stream->message}};
-    grpc_op open_ops[2] = {{.op = GRPC_OP_SEND_INITIAL_METADATA},
+    grpc_op open_ops[4] = {{.op = GRPC_OP_SEND_INITIAL_METADATA},
                            {.op = GRPC_OP_RECV_INITIAL_METADATA,
-                            .data.recv_initial_metadata.recv_initial_metadata = &stream->initial}};
+                            .data.recv_initial_metadata.recv_initial_metadata = &stream->initial},
+                           {.op = GRPC_OP_SEND_MESSAGE, .data.send_message.send_message = request},
+                           {.op = GRPC_OP_SEND_CLOSE_FROM_CLIENT}};
+    stream->request = request;
+    stream->sent_all = request != NULL;
     rpc_batch_start(&stream->ending, stream->call, &status_op, 1);
-    rpc_batch_start(&stream->opening, stream->call, open_ops, 2);
+    rpc_batch_start(&stream->opening, stream->call, open_ops, request ? 4 : 2);
     *ret_stream = stream;
     return RK_OK;
+}
+
+enum rk_status rk_rpc_stream_open(struct rk_rpc_channel *channel, const char *path, int timeout_ms,
+                                  struct rk_rpc_stream **ret_stream, struct rk_error *error)
+{
+    return stream_open(channel, path, NULL, timeout_ms, ret_stream, error);
+}
+
+enum rk_status rk_rpc_stream_open_with(struct rk_rpc_channel *channel, const char *path,
+                                       const struct ProtobufCMessage *request, int timeout_ms,
+                                       struct rk_rpc_stream **ret_stream, struct rk_error *error)
+{
+    grpc_byte_buffer *buffer = NULL;
+    enum rk_status status = rpc_message_pack(request, &buffer);
+    if (status != RK_OK) {
+        return rk_error_set(error, status, "the request of %s cannot be sent: %s", path,
+                            rk_status_text(status));
+    }
+    return stream_open(channel, path, buffer, timeout_ms, ret_stream, error);
 }
 
 static enum rk_status stream_outcome(struct rk_rpc_stream *stream, struct rk_error *error)
@@ -233,10 +266,17 @@ void rk_rpc_stream_destroy(struct rk_rpc_stream *stream)
     (void)rpc_batch_wait_until(&stream->ending, RK_DEADLINE_NEVER);
     (void)rpc_batch_wait_until(&stream->receiving, RK_DEADLINE_NEVER);
     stream_drop_received(stream);
+    if (stream->request) {
+        grpc_byte_buffer_destroy(stream->request);
+    }
     grpc_call_unref(stream->call);
     grpc_slice_unref(stream->message);
     grpc_metadata_array_destroy(&stream->initial);
     grpc_metadata_array_destroy(&stream->trailer);
+    grpc_completion_queue_shutdown(stream->queue);
+    (void)grpc_completion_queue_pluck(stream->queue, NULL, gpr_inf_future(GPR_CLOCK_MONOTONIC),
+                                      NULL);
+    grpc_completion_queue_destroy(stream->queue);
     rpc_channel_unref(stream->channel);
     rpc_sync_destroy(&stream->sync);
     rk_free(stream->scratch.data);

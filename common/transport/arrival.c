@@ -93,14 +93,23 @@ static uint8_t *item_bytes(const struct rk_pages *item)
     return (uint8_t *)(uintptr_t)item->pages[0].data;
 }
 
-static void item_verify(struct arrival *arrival, struct rk_pages *item, uint64_t num_pages)
+static void pages_verify(struct arrival *arrival, const struct arrival_range *range)
 {
-    for (; arrival->verified < num_pages; arrival->verified++) {
-        const struct rk_page *page = &item->pages[arrival->verified];
-        if (item->status == RK_OK && !rk_page_verify(page, page_length(item, arrival->verified))) {
+    struct rk_pages *item = &arrival->pages[range->item];
+    if (!arrival->gets[range->item].verify) {
+        return;
+    }
+    for (uint64_t page = range->page_begin; page < range->page_end; page++) {
+        if (item->status == RK_OK && !rk_page_verify(&item->pages[page], page_length(item, page))) {
             item->status = RK_MISS_CHECKSUM;
         }
     }
+}
+
+/* Pages that are whole when so many bytes of the item have come. */
+static uint64_t pages_within(const struct rk_pages *item, uint64_t bytes)
+{
+    return bytes == item->bytes ? item->num_pages : bytes / item->page_bytes;
 }
 
 /* To the next item that has bytes to come. */
@@ -113,7 +122,6 @@ static void skip_done(struct arrival *arrival)
         }
         arrival->item++;
         arrival->item_done = 0;
-        arrival->verified = 0;
     }
 }
 
@@ -133,39 +141,37 @@ bool arrival_take(struct arrival *arrival, const void *data, size_t bytes)
         size_t count = in_page < left ? (size_t)in_page : (size_t)left;
         count = bytes < count ? bytes : count;
         memcpy(item_bytes(item) + arrival->item_done, from, count);
+        const struct arrival_range range = {arrival->item, pages_within(item, arrival->item_done),
+                                            pages_within(item, arrival->item_done + count)};
         arrival->item_done += count;
         from += count;
         bytes -= count;
-        if (arrival->gets[arrival->item].verify) {
-            bool last = arrival->item_done == item->bytes;
-            item_verify(arrival, item,
-                        last ? item->num_pages : arrival->item_done / item->page_bytes);
-        }
+        pages_verify(arrival, &range);
     }
     return true;
 }
 
-void *arrival_place(const struct arrival *arrival, uint64_t offset, size_t bytes)
+void *arrival_reserve(struct arrival *arrival, size_t bytes, struct arrival_range *ret_range)
 {
-    for (size_t i = 0; i < arrival->num_items; i++) {
-        const struct rk_pages *item = &arrival->pages[i];
-        if (item->num_pages == 0) {
-            continue;
-        }
-        if (offset < item->bytes) {
-            return bytes <= item->bytes - offset ? item_bytes(item) + offset : NULL;
-        }
-        offset -= item->bytes;
+    skip_done(arrival);
+    if (bytes == 0 || bytes > arrival->total - arrival->done) {
+        return NULL;
     }
-    return NULL;
+    const struct rk_pages *item = &arrival->pages[arrival->item];
+    uint64_t end = arrival->item_done + bytes;
+    if (end > item->bytes || arrival->item_done % item->page_bytes != 0 ||
+        (end % item->page_bytes != 0 && end != item->bytes)) {
+        return NULL;
+    }
+    *ret_range = (struct arrival_range){arrival->item, arrival->item_done / item->page_bytes,
+                                        pages_within(item, end)};
+    void *place = item_bytes(item) + arrival->item_done;
+    arrival->item_done = end;
+    arrival->done += bytes;
+    return place;
 }
 
-void arrival_verify_all(struct arrival *arrival)
+void arrival_placed(struct arrival *arrival, const struct arrival_range *range)
 {
-    for (size_t i = 0; i < arrival->num_items; i++) {
-        arrival->verified = 0;
-        if (arrival->gets[i].verify && arrival->pages[i].num_pages > 0) {
-            item_verify(arrival, &arrival->pages[i], arrival->pages[i].num_pages);
-        }
-    }
+    pages_verify(arrival, range);
 }

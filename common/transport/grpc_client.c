@@ -102,8 +102,9 @@ static void item_fill(const struct rk_get *get, Redknot__V1__GetItem *item,
     }
 }
 
-static enum rk_status request_send(struct rk_rpc_stream *stream, const struct rk_get *gets,
-                                   size_t num_gets)
+static enum rk_status call_open(struct grpc_client *client, const struct rk_get *gets,
+                                size_t num_gets, int timeout_ms, struct rk_rpc_stream **ret_stream,
+                                struct rk_error *error)
 {
     Redknot__V1__GetRequest request = REDKNOT__V1__GET_REQUEST__INIT;
     size_t num_extents = 0;
@@ -126,10 +127,11 @@ static enum rk_status request_send(struct rk_rpc_stream *stream, const struct rk
         }
         request.n_items = num_gets;
         request.items = messages.item_pointers;
-        status = rk_rpc_stream_send(stream, &request.base);
+        status = rk_rpc_stream_open_with(client->channel, "/redknot.v1.KvStore/Get", &request.base,
+                                         timeout_ms, ret_stream, error);
     }
     messages_free(&messages);
-    return status == RK_OK ? rk_rpc_stream_send_done(stream) : status;
+    return status;
 }
 
 /* ---- Get: what comes ---- */
@@ -161,55 +163,78 @@ static enum rk_status item_take(const Redknot__V1__GetReply__Item *item, const s
     return RK_OK;
 }
 
-static enum rk_status found_recv(struct rk_rpc_stream *stream, const struct rk_get *gets,
-                                 struct rk_pages *pages, size_t num_gets, struct rk_error *error)
+/* A get as its reply comes in. */
+struct incoming {
+    struct grpc_client *client;
+    const struct rk_get *gets;
+    size_t num_gets;
+    struct rk_pages *pages;
+    struct rk_error *error;
+    struct wire_buffer found;
+    struct grpc_reply_reader reader; /* of the message under way */
+    bool begun;                      /* what was found is known */
+    struct arrival arrival;
+    enum rk_status status; /* why the rest is of no use */
+};
+
+static enum rk_status found_take(struct incoming *incoming)
 {
-    struct ProtobufCMessage *message = NULL;
-    enum rk_status status =
-        rk_rpc_stream_recv(stream, &redknot__v1__get_reply__descriptor, &message);
-    if (status != RK_OK) {
-        return status;
+    Redknot__V1__GetReply__Found *found = NULL;
+    enum rk_status status = rk_rpc_message_unpack(incoming->found.data, incoming->found.bytes,
+                                                  &redknot__v1__get_reply__found__descriptor,
+                                                  (struct ProtobufCMessage **)&found);
+    if (status != RK_OK || found->n_items != incoming->num_gets) {
+        status = status == RK_ERR_NO_MEMORY ? status : RK_ERR_UNAVAILABLE;
+        (void)rk_error_set(incoming->error, status, "the store answers another question");
     }
-    const Redknot__V1__GetReply *reply = (const Redknot__V1__GetReply *)message;
-    if (reply->part_case != REDKNOT__V1__GET_REPLY__PART_FOUND ||
-        reply->found->n_items != num_gets) {
-        status = rk_error_set(error, RK_ERR_UNAVAILABLE, "the store answers another question");
+    for (size_t i = 0; status == RK_OK && i < incoming->num_gets; i++) {
+        status =
+            item_take(found->items[i], &incoming->gets[i], &incoming->pages[i], incoming->error);
     }
-    for (size_t i = 0; status == RK_OK && i < num_gets; i++) {
-        status = item_take(reply->found->items[i], &gets[i], &pages[i], error);
+    rk_rpc_message_free((struct ProtobufCMessage *)found);
+    if (status == RK_OK) {
+        status = arrival_begin(&incoming->arrival, &incoming->client->buffers, incoming->gets,
+                               incoming->pages, incoming->num_gets, incoming->error);
     }
-    rk_rpc_message_free(message);
+    incoming->begun = status == RK_OK;
     return status;
 }
 
-struct data_arrival {
-    struct arrival *arrival;
-    struct grpc_data_reader reader;
-    bool failed;
-};
-
-static void on_piece(void *context, const void *piece, size_t piece_bytes)
+static void on_piece(void *context, const void *data, size_t bytes)
 {
-    struct data_arrival *data = context;
-    const uint8_t *bytes = NULL;
-    size_t count = 0;
-    data->failed = data->failed ||
-                   !grpc_data_read(&data->reader, piece, piece_bytes, &bytes, &count) ||
-                   !arrival_take(data->arrival, bytes, count);
+    struct incoming *incoming = context;
+    const uint8_t *piece = data;
+    while (bytes > 0 && incoming->status == RK_OK) {
+        const uint8_t *part = NULL;
+        size_t count = 0;
+        bool good = grpc_reply_read(&incoming->reader, &piece, &bytes, &part, &count);
+        if (good && incoming->reader.found_whole && !incoming->begun) {
+            incoming->status = found_take(incoming);
+        }
+        if (incoming->status == RK_OK &&
+            (!good ||
+             (count > 0 && (!incoming->begun || !arrival_take(&incoming->arrival, part, count))))) {
+            incoming->status = rk_error_set(incoming->error, RK_ERR_UNAVAILABLE,
+                                            "the store sends what was not asked for");
+        }
+    }
 }
 
-static enum rk_status data_recv(struct rk_rpc_stream *stream, struct arrival *arrival,
-                                struct rk_error *error)
+static enum rk_status reply_recv(struct rk_rpc_stream *stream, struct incoming *incoming)
 {
-    while (arrival->done < arrival->total) {
-        struct data_arrival data = {.arrival = arrival};
-        enum rk_status status = rk_rpc_stream_recv_pieces(stream, on_piece, &data);
+    while (!incoming->begun || incoming->arrival.done < incoming->arrival.total) {
+        incoming->reader =
+            (struct grpc_reply_reader){.found = &incoming->found, .found_whole = incoming->begun};
+        enum rk_status status = rk_rpc_stream_recv_pieces(stream, on_piece, incoming);
+        if (status == RK_OK) {
+            status = incoming->status;
+        }
+        if (status == RK_OK && !grpc_reply_whole(&incoming->reader)) {
+            status = rk_error_set(incoming->error, RK_ERR_UNAVAILABLE,
+                                  "a message of the store is cut off");
+        }
         if (status != RK_OK) {
             return status;
-        }
-        if (data.failed || data.reader.done != data.reader.bytes) {
-            return rk_error_set(error, RK_ERR_UNAVAILABLE,
-                                "the store sends what was not asked for");
         }
     }
     return RK_OK;
@@ -221,32 +246,21 @@ static bool ours(enum rk_status status)
     return status == RK_ERR_UNAVAILABLE || status == RK_ERR_NO_MEMORY;
 }
 
-static enum rk_status exchange(struct grpc_client *client, struct rk_rpc_stream *stream,
-                               const struct rk_get *gets, size_t num_gets, struct rk_pages *pages,
-                               struct rk_error *error)
+static enum rk_status exchange(struct rk_rpc_stream *stream, struct incoming *incoming)
 {
-    struct arrival arrival = {.total = 0};
-    enum rk_status status = request_send(stream, gets, num_gets);
-    if (status == RK_OK) {
-        status = found_recv(stream, gets, pages, num_gets, error);
-    }
-    if (status == RK_OK) {
-        status = arrival_begin(&arrival, &client->buffers, gets, pages, num_gets, error);
-    }
-    if (status == RK_OK) {
-        status = data_recv(stream, &arrival, error);
-    }
+    enum rk_status status = reply_recv(stream, incoming);
     if (ours(status)) {
         rk_rpc_stream_cancel(stream);
         return status;
     }
-    /* However the messages ended: the call's own status says why. */
-    enum rk_status final = rk_rpc_stream_finish(stream, status == RK_OK ? NULL : error);
     if (status == RK_OK) {
         return RK_OK; /* All bytes are here, whatever is said behind them. */
     }
-    return final == RK_OK ? rk_error_set(error, RK_ERR_UNAVAILABLE, "the store sent too few bytes")
-                          : final;
+    /* However the messages ended: the call's own status says why. */
+    enum rk_status final = rk_rpc_stream_finish(stream, incoming->error);
+    return final == RK_OK
+               ? rk_error_set(incoming->error, RK_ERR_UNAVAILABLE, "the store sent too few bytes")
+               : final;
 }
 
 static enum rk_status grpc_get(void *connection, const struct rk_get *gets, size_t num_gets,
@@ -254,12 +268,15 @@ static enum rk_status grpc_get(void *connection, const struct rk_get *gets, size
 {
     struct grpc_client *client = connection;
     struct rk_rpc_stream *stream = NULL;
-    enum rk_status status = rk_rpc_stream_open(client->channel, "/redknot.v1.KvStore/Get",
-                                               rk_deadline_left_ms(deadline_ns), &stream, error);
+    struct incoming incoming = {
+        .client = client, .gets = gets, .num_gets = num_gets, .pages = pages, .error = error};
+    enum rk_status status =
+        call_open(client, gets, num_gets, rk_deadline_left_ms(deadline_ns), &stream, error);
     if (status == RK_OK) {
-        status = exchange(client, stream, gets, num_gets, pages, error);
+        status = exchange(stream, &incoming);
     }
     rk_rpc_stream_destroy(stream);
+    rk_free(incoming.found.data);
     return status == RK_ERR_DEADLINE ? RK_MISS_DEADLINE : status;
 }
 

@@ -11,6 +11,7 @@ enum {
     CHUNK = 2,
     CHUNK_CHECKSUMS = 1,
     CHUNK_DATA = 15,
+    REPLY_FOUND = 1,
     REPLY_DATA = 15
 };
 
@@ -65,32 +66,62 @@ void grpc_items_append(struct wire_buffer *buffer, const struct rk_put *puts, si
     }
 }
 
-/* One byte of the tag or of the length. */
-static bool header_read(struct grpc_data_reader *reader, uint8_t byte)
+/* One byte of a field's tag or length. */
+static bool header_read(struct grpc_reply_reader *reader, uint8_t byte)
 {
     uint32_t at = reader->header_bytes++;
     if (at == 0) {
-        return byte == TAG(REPLY_DATA);
+        reader->tag = byte;
+        reader->field_bytes = 0;
+        return byte == TAG(REPLY_DATA) || (byte == TAG(REPLY_FOUND) && !reader->found_whole);
     }
     if (at > 5) { /* No message is that long. */
         return false;
     }
-    reader->bytes |= (uint64_t)(byte & 0x7f) << (7 * (at - 1));
-    reader->header_done = (byte & 0x80) == 0;
+    reader->field_bytes |= (uint64_t)(byte & 0x7f) << (7 * (at - 1));
+    reader->in_field = (byte & 0x80) == 0;
     return true;
 }
 
-bool grpc_data_read(struct grpc_data_reader *reader, const uint8_t *piece, size_t piece_bytes,
-                    const uint8_t **ret_data, size_t *ret_bytes)
+static void field_end(struct grpc_reply_reader *reader)
 {
-    size_t at = 0;
-    while (at < piece_bytes && !reader->header_done) {
-        if (!header_read(reader, piece[at++])) {
+    reader->in_field = false;
+    reader->header_bytes = 0;
+    reader->found_whole = reader->found_whole || reader->tag == TAG(REPLY_FOUND);
+}
+
+bool grpc_reply_read(struct grpc_reply_reader *reader, const uint8_t **piece, size_t *piece_bytes,
+                     const uint8_t **ret_data, size_t *ret_bytes)
+{
+    *ret_data = *piece;
+    *ret_bytes = 0;
+    while (*piece_bytes > 0 && !reader->in_field) {
+        if (!header_read(reader, **piece)) {
             return false;
         }
+        (*piece)++;
+        (*piece_bytes)--;
     }
-    *ret_data = piece + at;
-    *ret_bytes = piece_bytes - at;
-    reader->done += piece_bytes - at;
-    return reader->done <= reader->bytes || !reader->header_done;
+    if (!reader->in_field) {
+        return true;
+    }
+    size_t count = reader->field_bytes < *piece_bytes ? (size_t)reader->field_bytes : *piece_bytes;
+    if (reader->tag == TAG(REPLY_DATA)) {
+        *ret_data = *piece;
+        *ret_bytes = count;
+    } else {
+        (void)wire_append(reader->found, *piece, count);
+    }
+    *piece += count;
+    *piece_bytes -= count;
+    reader->field_bytes -= count;
+    if (reader->field_bytes == 0) {
+        field_end(reader);
+    }
+    return !reader->found->failed;
+}
+
+bool grpc_reply_whole(const struct grpc_reply_reader *reader)
+{
+    return reader->header_bytes == 0;
 }

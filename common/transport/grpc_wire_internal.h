@@ -15,15 +15,21 @@ size_t grpc_chunk_header(const uint64_t *checksums, size_t num_checksums, size_t
 /* PutRequest{items}, from packed PutItem's. */
 void grpc_items_append(struct wire_buffer *buffer, const struct rk_put *puts, size_t num_puts);
 
-/* One GetReply{data} that comes in pieces. Zeroed: at its beginning. */
-struct grpc_data_reader {
-    uint32_t header_bytes; /* read so far */
-    bool header_done;
-    uint64_t bytes; /* of data, as announced */
-    uint64_t done;
+/* A GetReply that comes in pieces: found, if it is the first one, then data. Zeroed but for found
+ * at its beginning. */
+struct grpc_reply_reader {
+    uint32_t header_bytes; /* of the field under way: tag and length read so far */
+    bool in_field;
+    uint8_t tag;
+    uint64_t field_bytes; /* to come */
+    struct wire_buffer *found;
+    bool found_whole;
 };
-/* The bytes of data in the next piece. False: another message, or lengths that disagree. */
-bool grpc_data_read(struct grpc_data_reader *reader, const uint8_t *piece, size_t piece_bytes,
-                    const uint8_t **ret_data, size_t *ret_bytes);
+/* Takes from *piece what there is of one field; *ret_bytes of it are data, at *ret_data. Call until
+ * *piece_bytes is 0. False: another message, lengths that disagree, or out of memory. */
+bool grpc_reply_read(struct grpc_reply_reader *reader, const uint8_t **piece, size_t *piece_bytes,
+                     const uint8_t **ret_data, size_t *ret_bytes);
+/* A message may end here. */
+bool grpc_reply_whole(const struct grpc_reply_reader *reader);
 
 #endif

@@ -8,6 +8,7 @@
  * connection that failed stays open while pages are out: closing it is what
  * releases their pins.
  */
+#include "common/transport/spin_internal.h"
 #include "common/transport/transport_internal.h"
 #include "common/transport/wire_internal.h"
 
@@ -53,14 +54,16 @@ static enum rk_status lost(struct shm_client *client, struct rk_error *error, co
 /* RK_OK: ready. RK_MISS_DEADLINE. */
 static enum rk_status wait_for(int fd, short events, int64_t deadline_ns)
 {
+    struct spin spin;
+    spin_begin(&spin);
     for (;;) {
         struct pollfd poll_fd = {.fd = fd, .events = events};
         int left_ms = rk_deadline_left_ms(deadline_ns);
-        int ready = poll(&poll_fd, 1, left_ms);
+        int ready = poll(&poll_fd, 1, left_ms > 0 && spin_again(&spin) ? 0 : left_ms);
         if (ready > 0) {
             return RK_OK; /* Also for an end or an error: the next call tells which. */
         }
-        if (ready == 0 || left_ms == 0) {
+        if (rk_deadline_left_ms(deadline_ns) == 0) {
             return RK_MISS_DEADLINE;
         }
     }

@@ -5,6 +5,7 @@
  * nothing more is read from that connection, so a flood fills only the
  * reader's own socket buffer.
  */
+#include "common/transport/spin_internal.h"
 #include "common/transport/wire_internal.h"
 
 #include "common/base/alloc.h"
@@ -564,6 +565,7 @@ static void *server_thread(void *context)
 {
     struct rk_shm_server *server = context;
     uint32_t connections_max = server->options.connections_max;
+    struct spin spin = {.until_ns = 0};
     for (;;) {
         server->polls[0] = (struct pollfd){.fd = server->wake_fd, .events = POLLIN};
         server->polls[1] = (struct pollfd){.fd = server->listen_fd, .events = POLLIN};
@@ -573,10 +575,12 @@ static void *server_thread(void *context)
             server->polls[2 + i] = (struct pollfd){
                 .fd = connection->fd, .events = connection->out.bytes > 0 ? POLLOUT : POLLIN};
         }
-        if (poll(server->polls, 2 + connections_max, -1) < 0) {
-            RK_ASSERT(errno == EINTR || errno == ENOMEM);
+        int ready = poll(server->polls, 2 + connections_max, spin_again(&spin) ? 0 : -1);
+        if (ready <= 0) {
+            RK_ASSERT(ready == 0 || errno == EINTR || errno == ENOMEM);
             continue;
         }
+        spin_begin(&spin);
         if (server->polls[0].revents) {
             return NULL;
         }

@@ -41,7 +41,6 @@ struct arrival {
     size_t num_items;
     size_t item; /* whose bytes are next */
     uint64_t item_done;
-    uint64_t verified; /* pages of this item */
     uint64_t done;
     uint64_t total; /* of all items that were found */
 };
@@ -57,11 +56,15 @@ enum rk_status arrival_begin(struct arrival *arrival, struct arrival_buffers *bu
                              struct rk_error *error);
 /* False: more bytes than were announced. */
 bool arrival_take(struct arrival *arrival, const void *data, size_t bytes);
-/* Where the byte at offset of the stream belongs, if `bytes` from there lie in one item; else
- * NULL. What is written there is not verified. */
-void *arrival_place(const struct arrival *arrival, uint64_t offset, size_t bytes);
-/* All items, at the end, for what did not come through arrival_take. */
-void arrival_verify_all(struct arrival *arrival);
+/* The next bytes come by themselves, to the place that is returned; NULL: they are not whole pages
+ * of one item. arrival_placed, with the same range, when they are there. */
+struct arrival_range {
+    size_t item;
+    uint64_t page_begin;
+    uint64_t page_end;
+};
+void *arrival_reserve(struct arrival *arrival, size_t bytes, struct arrival_range *ret_range);
+void arrival_placed(struct arrival *arrival, const struct arrival_range *range);
 void arrival_release(struct arrival_buffers *buffers, struct rk_pages *pages, size_t num_pages);
 void arrival_buffers_destroy(struct arrival_buffers *buffers);
 

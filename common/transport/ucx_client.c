@@ -13,6 +13,7 @@
 
 #define KILL_MS         100
 #define PUT_FRAMES_MAX  4 /* under way */
+#define RECEIVES_MAX    8 /* of a get under way: twice as many as a store begins */
 #define FRAME_PARTS_MAX UCX_PARTS_MAX
 
 /* The request under way. */
@@ -26,11 +27,17 @@ struct request {
     struct rk_pages *pages;
     size_t num_gets;
     struct arrival arrival;
-    uint64_t placed;    /* bytes that UCX wrote where they belong */
     uint32_t receiving; /* frames that UCX still writes into the reader's memory */
     /* A put. */
     struct rk_put *puts;
     size_t num_puts;
+};
+
+/* Pages that UCX writes where they belong. */
+struct receive {
+    struct ucx_client *client;
+    bool busy;
+    struct arrival_range range;
 };
 
 /* A frame of a put that UCX reads. */
@@ -57,6 +64,7 @@ struct ucx_client {
     struct wire_buffer body;
     uint32_t request_id;
     struct request request;
+    struct receive receives[RECEIVES_MAX];
     struct arrival_buffers buffers;
     struct put_frame *put_frames; /* [PUT_FRAMES_MAX]; NULL: nothing was put yet */
 };
@@ -170,29 +178,48 @@ static ucs_status_t on_results(void *context, const void *header, size_t header_
 
 static void on_received(void *handle, ucs_status_t status, size_t bytes, void *context)
 {
-    struct ucx_client *client = context;
+    struct receive *receive = context;
+    struct ucx_client *client = receive->client;
+    (void)bytes;
+    receive->busy = false;
     client->request.receiving--;
-    client->request.placed += bytes;
     if (status != UCS_OK) {
         client_break(client, status);
+    } else {
+        arrival_placed(&client->request.arrival, &receive->range);
     }
     client->ucx.api->ucp_request_free(handle);
 }
 
 /* Straight from the wire to where the bytes belong. */
-static ucs_status_t receive(struct ucx_client *client, void *data, void *place, size_t bytes)
+static ucs_status_t receive_start(struct ucx_client *client, void *data, size_t bytes)
 {
+    struct request *request = &client->request;
+    struct receive *receive = client->receives;
+    while (receive < client->receives + RECEIVES_MAX && receive->busy) {
+        receive++;
+    }
+    void *place = receive < client->receives + RECEIVES_MAX
+                      ? arrival_reserve(&request->arrival, bytes, &receive->range)
+                      : NULL;
+    if (!place) {
+        request_fail(request, RK_ERR_UNAVAILABLE, "the store sends what was not asked for");
+        return UCS_OK;
+    }
     ucp_request_param_t params = {.op_attr_mask =
                                       UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA |
                                       UCP_OP_ATTR_FLAG_NO_IMM_CMPL | UCP_OP_ATTR_FIELD_MEMORY_TYPE,
                                   .cb.recv_am = on_received,
-                                  .user_data = client,
+                                  .user_data = receive,
                                   .memory_type = UCS_MEMORY_TYPE_HOST};
-    client->request.receiving++;
+    receive->client = client;
+    receive->busy = true;
+    request->receiving++;
     ucs_status_ptr_t handle =
         client->ucx.api->ucp_am_recv_data_nbx(client->ucx.worker, data, place, bytes, &params);
     if (UCS_PTR_IS_ERR(handle)) {
-        client->request.receiving--;
+        receive->busy = false;
+        request->receiving--;
         client_break(client, UCS_PTR_STATUS(handle));
     }
     return UCS_INPROGRESS;
@@ -212,14 +239,11 @@ static ucs_status_t on_data(void *context, const void *header, size_t header_byt
         !request->gets || !request->replied || request->status != RK_OK) {
         return UCS_OK;
     }
-    if (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) {
-        void *place = arrival_place(&request->arrival, frame.offset, bytes);
-        if (place) {
-            return receive(client, data, place, bytes);
-        }
+    if (frame.offset != request->arrival.done) {
         request_fail(request, RK_ERR_UNAVAILABLE, "the store sends what was not asked for");
-    } else if (frame.offset != request->arrival.done ||
-               !arrival_take(&request->arrival, data, bytes)) {
+    } else if (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) {
+        return receive_start(client, data, bytes);
+    } else if (!arrival_take(&request->arrival, data, bytes)) {
         request_fail(request, RK_ERR_UNAVAILABLE, "the store sends what was not asked for");
     }
     return UCS_OK;
@@ -426,8 +450,7 @@ static bool get_done(const struct request *request)
 {
     return request->receiving == 0 &&
            (request->status != RK_OK ||
-            (request->replied &&
-             request->arrival.done + request->placed >= request->arrival.total));
+            (request->replied && request->arrival.done == request->arrival.total));
 }
 
 static enum rk_status ucx_get(void *connection, const struct rk_get *gets, size_t num_gets,
@@ -449,9 +472,6 @@ static enum rk_status ucx_get(void *connection, const struct rk_get *gets, size_
     }
     request->id = 0;
     if (status == RK_OK && get_done(request)) {
-        if (request->placed > 0) {
-            arrival_verify_all(&request->arrival);
-        }
         return request->status;
     }
     if (status == RK_OK) {

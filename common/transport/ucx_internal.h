@@ -25,17 +25,20 @@
 #ifndef RK_COMMON_TRANSPORT_UCX_INTERNAL_H
 #define RK_COMMON_TRANSPORT_UCX_INTERNAL_H
 
+#include "common/transport/spin_internal.h"
 #include "common/transport/wire_internal.h"
 
 #include <sys/socket.h>
 #include <ucp/api/ucp.h>
 
-#define UCX_MAGIC       0x58444e52u /* "RNDX" */
-#define UCX_VERSION     2
-#define UCX_SEGMENT     "132k"       /* UCX's buffers, at both ends */
-#define UCX_FRAME_BYTES (128u << 10) /* of data in one frame */
-#define UCX_PARTS_MAX   64u          /* runs of bytes in one frame */
-#define UCX_IOV_MAX     "72"         /* what UCX hands to the socket at once: parts and headers */
+#define UCX_MAGIC            0x58444e52u /* "RNDX" */
+#define UCX_VERSION          2
+#define UCX_SEGMENT          "132k"       /* UCX's buffers, at both ends */
+#define UCX_FRAME_BYTES      (128u << 10) /* of data in one frame */
+#define UCX_RENDEZVOUS_MIN   (256u << 10)
+#define UCX_RENDEZVOUS_BYTES (256u << 10)
+#define UCX_PARTS_MAX        64u  /* runs of bytes in one frame */
+#define UCX_IOV_MAX          "72" /* what UCX hands to the socket at once: parts and headers */
 
 /* X(name): the functions of libucp and libucs that are used. */
 #define UCX_FUNCTIONS(X)                                                                           \
@@ -83,6 +86,7 @@ struct ucx_worker {
     ucp_context_h context;
     ucp_worker_h worker;
     int efd;
+    struct spin spin;
 };
 
 /* For a peer at, or a listener on, this address. Destroy accepts a zeroed one. */
@@ -93,8 +97,8 @@ void ucx_worker_destroy(struct ucx_worker *worker);
 RK_MUST_CHECK enum rk_status ucx_worker_handle(struct ucx_worker *worker, unsigned id,
                                                ucp_am_recv_callback_t handler, void *context,
                                                struct rk_error *error);
-/* Makes progress; if there was none, sleeps until there can be some, wake_fd (or -1) is readable
- * or the deadline passes. */
+/* Makes progress; if there was none for a moment, sleeps until there can be some, wake_fd (or -1)
+ * is readable or the deadline passes. */
 void ucx_worker_wait(struct ucx_worker *worker, int wake_fd, int64_t deadline_ns);
 /* Ends an endpoint at once: what is under way on it ends with an error in later progress. Waits
  * for the end, at most until the deadline. */

@@ -47,10 +47,11 @@ struct connection {
     struct connection *next;
 };
 
-/* Bytes that lie side by side in the arena. */
+/* Bytes of one item that lie side by side in the arena. */
 struct run {
     uint64_t offset;
     uint64_t bytes;
+    uint32_t page_bytes;
 };
 
 struct get {
@@ -338,28 +339,52 @@ static void on_frame_sent(void *request, ucs_status_t status, void *context)
     sent(frame->get, status);
 }
 
+/* Whether the next bytes are so many in one piece that the handshake of a rendezvous, which brings
+ * them to their place without a copy, is worth it. Then how many: whole pages. */
+static size_t rendezvous_bytes(const struct get *get)
+{
+    const struct run *run = &get->runs[get->run];
+    uint64_t left = run->bytes - get->run_done;
+    if (left < UCX_RENDEZVOUS_MIN || run->page_bytes > UCX_RENDEZVOUS_BYTES ||
+        get->run_done % run->page_bytes != 0) {
+        return 0;
+    }
+    uint64_t most = UCX_RENDEZVOUS_BYTES - UCX_RENDEZVOUS_BYTES % run->page_bytes;
+    return left < most ? (size_t)left : (size_t)most;
+}
+
+static void run_advance(struct get *get, size_t bytes)
+{
+    get->run_done += bytes;
+    if (get->run_done == get->runs[get->run].bytes) {
+        get->run++;
+        get->run_done = 0;
+    }
+}
+
 /* The next bytes into the frame. Returns the parts. */
-static size_t frame_fill(struct get *get, struct frame *frame, size_t *ret_bytes)
+static size_t frame_fill(struct get *get, struct frame *frame, size_t *ret_bytes,
+                         bool *ret_rendezvous)
 {
     const uint8_t *arena = get->connection->server->options.arena;
     size_t count = 0;
     size_t bytes = 0;
+    size_t bytes_max = rendezvous_bytes(get);
+    *ret_rendezvous = bytes_max > 0;
+    bytes_max = bytes_max > 0 ? bytes_max : UCX_FRAME_BYTES;
     frame->header =
         (struct ucx_data){.magic = UCX_MAGIC, .request_id = get->request_id, .offset = get->offset};
-    while (get->run < get->num_runs && bytes < UCX_FRAME_BYTES && count < UCX_PARTS_MAX) {
+    while (get->run < get->num_runs && bytes < bytes_max && count < UCX_PARTS_MAX &&
+           (count == 0 || rendezvous_bytes(get) == 0)) {
         const struct run *run = &get->runs[get->run];
         uint64_t left = run->bytes - get->run_done;
-        size_t room = UCX_FRAME_BYTES - bytes;
+        size_t room = bytes_max - bytes;
         size_t take = left < room ? (size_t)left : room;
         /* UCX only reads what it sends. */
         uint8_t *from = (uint8_t *)(uintptr_t)(arena + run->offset + get->run_done);
         frame->iov[count++] = (ucp_dt_iov_t){.buffer = from, .length = take};
         bytes += take;
-        get->run_done += take;
-        if (get->run_done == run->bytes) {
-            get->run++;
-            get->run_done = 0;
-        }
+        run_advance(get, take);
     }
     get->offset += bytes;
     *ret_bytes = bytes;
@@ -369,14 +394,15 @@ static size_t frame_fill(struct get *get, struct frame *frame, size_t *ret_bytes
 static void frame_send(struct get *get, struct frame *frame)
 {
     size_t bytes = 0;
-    size_t count = frame_fill(get, frame, &bytes);
-    ucp_request_param_t params = {.op_attr_mask =
-                                      UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA |
-                                      UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_MEMORY_TYPE,
-                                  .flags = UCP_AM_SEND_FLAG_EAGER,
-                                  .cb.send = on_frame_sent,
-                                  .user_data = frame,
-                                  .memory_type = UCS_MEMORY_TYPE_HOST};
+    bool rendezvous = false;
+    size_t count = frame_fill(get, frame, &bytes, &rendezvous);
+    ucp_request_param_t params = {
+        .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA |
+                        UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_MEMORY_TYPE,
+        .flags = rendezvous ? UCP_AM_SEND_FLAG_RNDV : UCP_AM_SEND_FLAG_EAGER,
+        .cb.send = on_frame_sent,
+        .user_data = frame,
+        .memory_type = UCS_MEMORY_TYPE_HOST};
     const void *data = frame->iov[0].buffer;
     if (count > 1) {
         params.op_attr_mask |= UCP_OP_ATTR_FIELD_DATATYPE;
@@ -404,9 +430,10 @@ static void get_push(struct get *get)
     }
 }
 
-static bool run_add(struct get *get, uint64_t offset, uint64_t bytes)
+static bool run_add(struct get *get, bool first, uint64_t offset, uint64_t bytes,
+                    uint32_t page_bytes)
 {
-    struct run *last = get->num_runs > 0 ? &get->runs[get->num_runs - 1] : NULL;
+    struct run *last = get->num_runs > 0 && !first ? &get->runs[get->num_runs - 1] : NULL;
     if (last && last->offset + last->bytes == offset) {
         last->bytes += bytes;
         return true;
@@ -420,7 +447,7 @@ static bool run_add(struct get *get, uint64_t offset, uint64_t bytes)
         get->runs = more;
         get->runs_room = room;
     }
-    get->runs[get->num_runs++] = (struct run){offset, bytes};
+    get->runs[get->num_runs++] = (struct run){offset, bytes, page_bytes};
     return true;
 }
 
@@ -441,7 +468,8 @@ static uint64_t item_pin(struct get *get, const struct rk_get *asked, uint64_t p
     get->pins[get->num_pins++] = found.pin;
     for (uint64_t i = 0; i < found.num_pages; i++) {
         uint64_t left = found.bytes - i * found.page_bytes;
-        if (!run_add(get, server->offsets[i], left < found.page_bytes ? left : found.page_bytes)) {
+        if (!run_add(get, i == 0, server->offsets[i],
+                     left < found.page_bytes ? left : found.page_bytes, found.page_bytes)) {
             answer->body.failed = true; /* Which ends the connection. */
         }
     }

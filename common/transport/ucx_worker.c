@@ -270,9 +270,12 @@ void ucx_worker_destroy(struct ucx_worker *worker)
 
 void ucx_worker_wait(struct ucx_worker *worker, int wake_fd, int64_t deadline_ns)
 {
-    if (api.ucp_worker_progress(worker->worker) != 0 ||
-        api.ucp_worker_arm(worker->worker) != UCS_OK) {
-        return; /* Events came meanwhile. */
+    if (api.ucp_worker_progress(worker->worker) != 0) {
+        spin_begin(&worker->spin);
+        return;
+    }
+    if (spin_again(&worker->spin) || api.ucp_worker_arm(worker->worker) != UCS_OK) {
+        return;
     }
     struct pollfd polls[2] = {{.fd = worker->efd, .events = POLLIN},
                               {.fd = wake_fd, .events = POLLIN}};

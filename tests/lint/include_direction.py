@@ -38,7 +38,7 @@ LIBRARIES = [
     (r"(cuda|cublas|nv)\w*\.(h|hpp|cuh)|(cuda|cub|cooperative_groups)/", ["kernels/cuda/"]),
     (r"nccl\.h", ["worker/"]),
     (r"pcre2\.h", ["worker/tokenizer/"]),
-    (r"openssl/|xxhash\.h", ["common/base/"]),
+    (r"openssl/|xxhash\.h|xxh_x86dispatch\.h", ["common/base/"]),
     (r"protobuf-c/", [""]),
     (r"jansson\.h|uthash\.h|utlist\.h|utarray\.h", [""]),
     (r"cmocka\.h|sanitizer/", [""]),

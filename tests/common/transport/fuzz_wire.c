@@ -56,14 +56,22 @@ static void answers(const uint8_t *data, size_t size)
 
 static void pieces(const uint8_t *data, size_t size)
 {
-    struct grpc_data_reader reader = {.done = 0};
-    const uint8_t *bytes = NULL;
-    size_t count = 0;
+    struct wire_buffer found = {.bytes = 0};
+    struct grpc_reply_reader reader = {.found = &found};
     size_t half = size / 2;
-    if (grpc_data_read(&reader, data, half, &bytes, &count)) {
-        RK_ASSERT(count <= half && bytes >= data);
-        (void)grpc_data_read(&reader, data + half, size - half, &bytes, &count);
+    bool good = true;
+    for (int i = 0; i < 2; i++) {
+        const uint8_t *piece = i ? data + half : data;
+        size_t left = i ? size - half : half;
+        while (good && left > 0) {
+            const uint8_t *part = NULL;
+            size_t count = 0;
+            size_t before = left;
+            good = grpc_reply_read(&reader, &piece, &left, &part, &count);
+            RK_ASSERT(!good || (left < before && count <= before - left));
+        }
     }
+    rk_free(found.data);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)

@@ -88,49 +88,84 @@ static void items_are_what_protobuf_reads(void **state)
     rk_free(buffer.data);
 }
 
-static void data_is_read_in_any_pieces(void **state)
+static size_t reply_pack(uint8_t *data, size_t data_bytes, uint8_t *ret_message)
+{
+    char ok[] = "OK";
+    char empty[] = "";
+    Redknot__V1__GetReply reply = REDKNOT__V1__GET_REPLY__INIT;
+    Redknot__V1__GetReply__Item item = REDKNOT__V1__GET_REPLY__ITEM__INIT;
+    Redknot__V1__GetReply__Item *pointer = &item;
+    Redknot__V1__GetReply__Found found = REDKNOT__V1__GET_REPLY__FOUND__INIT;
+    item.status = ok;
+    item.error = empty;
+    item.bytes = data_bytes;
+    found.n_items = 1;
+    found.items = &pointer;
+    reply.found = &found;
+    reply.data = (ProtobufCBinaryData){data_bytes, data};
+    return redknot__v1__get_reply__pack(&reply, ret_message);
+}
+
+static bool reply_read(const uint8_t *message, size_t bytes, size_t piece, uint8_t *ret_data,
+                       size_t *ret_data_bytes, struct wire_buffer *found)
+{
+    struct grpc_reply_reader reader = {.found = found};
+    size_t done = 0;
+    found->bytes = 0;
+    for (size_t at = 0; at < bytes; at += piece) {
+        const uint8_t *from = message + at;
+        size_t left = bytes - at < piece ? bytes - at : piece;
+        while (left > 0) {
+            const uint8_t *part = NULL;
+            size_t count = 0;
+            if (!grpc_reply_read(&reader, &from, &left, &part, &count)) {
+                return false;
+            }
+            memcpy(ret_data + done, part, count);
+            done += count;
+        }
+    }
+    *ret_data_bytes = done;
+    return reader.found_whole && grpc_reply_whole(&reader);
+}
+
+static void a_reply_is_read_in_any_pieces(void **state)
 {
     static uint8_t data[300];
     uint8_t message[400];
-    Redknot__V1__GetReply reply = REDKNOT__V1__GET_REPLY__INIT;
+    uint8_t got[400];
+    size_t got_bytes = 0;
+    struct wire_buffer found = {.bytes = 0};
     (void)state;
     for (size_t i = 0; i < sizeof(data); i++) {
         data[i] = (uint8_t)(i * 7);
     }
-    reply.part_case = REDKNOT__V1__GET_REPLY__PART_DATA;
-    reply.data = (ProtobufCBinaryData){sizeof(data), data};
-    size_t bytes = redknot__v1__get_reply__pack(&reply, message);
+    size_t bytes = reply_pack(data, sizeof(data), message);
     for (size_t piece = 1; piece <= bytes; piece++) {
-        struct grpc_data_reader reader = {.done = 0};
-        uint8_t got[400];
-        size_t done = 0;
-        for (size_t at = 0; at < bytes; at += piece) {
-            const uint8_t *part = NULL;
-            size_t count = 0;
-            size_t length = bytes - at < piece ? bytes - at : piece;
-            assert_true(grpc_data_read(&reader, message + at, length, &part, &count));
-            memcpy(got + done, part, count);
-            done += count;
-        }
-        assert_int_equal(done, sizeof(data));
-        assert_int_equal(reader.bytes, sizeof(data));
+        assert_true(reply_read(message, bytes, piece, got, &got_bytes, &found));
+        assert_int_equal(got_bytes, sizeof(data));
         assert_memory_equal(got, data, sizeof(data));
+        ProtobufCMessage *unpacked = protobuf_c_message_unpack(
+            &redknot__v1__get_reply__found__descriptor, NULL, found.bytes, found.data);
+        assert_non_null(unpacked);
+        assert_int_equal(
+            ((const Redknot__V1__GetReply__Found *)(const void *)unpacked)->items[0]->bytes,
+            sizeof(data));
+        protobuf_c_message_free_unpacked(unpacked, NULL);
     }
-    struct grpc_data_reader reader = {.done = 0};
-    const uint8_t *part = NULL;
-    size_t count = 0;
-    message[0] ^= 1; /* Another field. */
-    assert_false(grpc_data_read(&reader, message, bytes, &part, &count));
-    message[0] ^= 1;
-    message[1]--; /* One byte fewer than there are. */
-    reader = (struct grpc_data_reader){.done = 0};
-    assert_false(grpc_data_read(&reader, message, bytes, &part, &count));
+    assert_false(reply_read(message, bytes - 1, 50, got, &got_bytes, &found)); /* Cut off. */
+    message[0] ^= 8;                                                           /* Another field. */
+    assert_false(reply_read(message, bytes, 50, got, &got_bytes, &found));
+    message[0] ^= 8;
+    message[1]--; /* Of found one byte less than there is. */
+    assert_false(reply_read(message, bytes, 50, got, &got_bytes, &found));
+    rk_free(found.data);
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(chunks_are_what_protobuf_reads),
                                        cmocka_unit_test(items_are_what_protobuf_reads),
-                                       cmocka_unit_test(data_is_read_in_any_pieces)};
+                                       cmocka_unit_test(a_reply_is_read_in_any_pieces)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
