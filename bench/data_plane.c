@@ -5,6 +5,7 @@
 #include "bench/agent.h"
 #include "client/values.h"
 
+#include "common/base/clock.h"
 #include "common/base/log.h"
 
 #include <string.h>
@@ -115,6 +116,21 @@ static void drop(void *handle, uint64_t first, size_t count, size_t bytes)
     }
 }
 
+/* The cluster may have started a moment ago. */
+static void wait_for_store(struct rk_values *values)
+{
+    const struct rk_value_key key = {"?", 1};
+    struct rk_error error = {.text = ""};
+    int64_t deadline_ns = rk_deadline_in_ms(TIMEOUT_MS);
+    bool exists = false;
+    while (rk_values_exists(values, &key, 1, TIMEOUT_MS, &exists, &error) != RK_OK) {
+        if (rk_deadline_left_ms(deadline_ns) == 0) {
+            agent_fail("%s", error.text);
+        }
+        rk_clock_sleep_ms(20);
+    }
+}
+
 int main(int argc, char **argv)
 {
     static const struct agent_peer peer = {.get = get, .put = put, .drop = drop};
@@ -129,6 +145,7 @@ int main(int argc, char **argv)
     if (rk_values_create(&options, &context.values, &error) != RK_OK) {
         agent_fail("%s", error.text);
     }
+    wait_for_store(context.values);
     context.in_place = path_letter == 's';
     int code = agent_run(&peer, &context);
     rk_values_release(context.values, &context.views);

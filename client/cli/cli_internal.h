@@ -90,6 +90,7 @@ int cli_generate(int argc, char **argv);
 int cli_status(int argc, char **argv);
 int cli_drop(int argc, char **argv);
 int cli_eval(int argc, char **argv);
+int cli_value(int argc, char **argv);
 int cli_demo(int argc, char **argv);
 
 #endif

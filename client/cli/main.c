@@ -15,6 +15,7 @@ static const struct {
     {"generate", cli_generate, "answer a prompt over documents in any order"},
     {"status", cli_status, "show nodes and stored segments"},
     {"drop", cli_drop, "forget stored segments"},
+    {"value", cli_value, "put, get or drop opaque values by key"},
     {"eval", cli_eval, "measure fidelity of a level against full recomputation"},
     {"demo", cli_demo, "show reuse end to end on a private cluster"},
 };

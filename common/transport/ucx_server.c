@@ -556,9 +556,11 @@ static void put_remove(struct rk_ucx_server *server, struct put *put)
     rk_free(put);
 }
 
+/* Who reads the answer finds nothing of the put left. */
 static void put_finish(struct rk_ucx_server *server, struct put *put)
 {
-    struct answer *answer = reply_make(put->connection, put->request_id);
+    struct connection *connection = put->connection;
+    struct answer *answer = reply_make(connection, put->request_id);
     rk_intake_end(put->intake);
     if (answer) {
         wire_append_count(&answer->body, (uint32_t)rk_intake_items(put->intake));
@@ -567,9 +569,11 @@ static void put_finish(struct rk_ucx_server *server, struct put *put)
             enum rk_status status = rk_intake_result(put->intake, i, &text);
             wire_result_append(&answer->body, status, text);
         }
-        reply_send(put->connection, UCX_RESULTS, answer);
     }
     put_remove(server, put);
+    if (answer) {
+        reply_send(connection, UCX_RESULTS, answer);
+    }
 }
 
 /* False: the heads make no sense. */

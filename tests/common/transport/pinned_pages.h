@@ -19,9 +19,10 @@ struct pinned_pages {
     uint32_t num_pages;
     enum rk_path path; /* by which they must be asked for */
     atomic_int pins;
-    atomic_int puts;  /* begun and not destroyed */
-    atomic_int ended; /* puts that came to their end */
-    uint64_t put_sum; /* of the bytes of the last one that ended */
+    uint64_t sum_flip; /* damages the checksum of the last page that is read */
+    atomic_int puts;   /* begun and not destroyed */
+    atomic_int ended;  /* puts that came to their end */
+    uint64_t put_sum;  /* of the bytes of the last one that ended */
 };
 
 /* A put's head: how long it is, and at what it fails. */
@@ -65,6 +66,7 @@ static inline enum rk_status pinned_pages_pin(void *context, enum rk_path path,
             ret_checksums[done] = rk_hash_xxh3(pages->bytes + ret_offsets[done], pages->page_bytes);
         }
     }
+    ret_checksums[done - 1] ^= pages->sum_flip;
     *ret_found = (struct rk_found){.pin = pages,
                                    .num_pages = done,
                                    .page_bytes = pages->page_bytes,
@@ -96,6 +98,9 @@ static inline enum rk_status pinned_pages_put_begin(void *context, enum rk_path 
     memcpy(&asked, head, sizeof(asked));
     *ret_bytes = asked.bytes;
     *ret_page_bytes = asked.page_bytes;
+    if (asked.bytes == 0) {
+        return rk_error_set(error, RK_ERR_INVALID, "nothing to put");
+    }
     if (asked.begin != RK_OK) {
         return rk_error_set(error, asked.begin, "refused at its begin");
     }

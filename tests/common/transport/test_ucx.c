@@ -7,6 +7,7 @@
  */
 #include "common/transport/ucx_internal.h"
 #include "tests/common/transport/one_get.h"
+#include "tests/common/transport/put_checks.h"
 #include "tests/common/transport/ucx_arena.h"
 
 #include "common/base/clock.h"
@@ -68,7 +69,7 @@ static struct rk_transport *reader_connect(int port, int timeout_ms, enum rk_sta
     return transport;
 }
 
-static struct rk_transport *reader(void)
+static struct rk_transport *connected(void)
 {
     enum rk_status status = RK_OK;
     struct rk_transport *transport =
@@ -128,7 +129,7 @@ static void bytes_are_those_of_the_store(void **state)
     for (uint32_t i = 0; i < NUM_PAGES / 2; i++) {
         odd[i] = (struct rk_extent){0, 0, 2 * i + 1, 2 * i + 2}; /* No two lie side by side. */
     }
-    struct rk_transport *transport = reader();
+    struct rk_transport *transport = connected();
     expect_pages(transport, one, 1);
     expect_pages(transport, two, 2);
     expect_pages(transport, all, 1);
@@ -141,7 +142,7 @@ static void bytes_are_those_of_the_store(void **state)
 static void misses_and_errors_carry_their_reason(void **state)
 {
     (void)state;
-    struct rk_transport *transport = reader();
+    struct rk_transport *transport = connected();
     struct rk_pages pages = {0};
     struct rk_error error = {.text = ""};
     const struct rk_extent one = {0, 0, 0, 1};
@@ -157,6 +158,78 @@ static void misses_and_errors_carry_their_reason(void **state)
     assert_string_equal(error.text, "extent 0 is outside");
     expect_pages(transport, &one, 1); /* None of it hurt the connection. */
     rk_transport_destroy(transport);
+}
+
+static void a_batch_is_one_round_trip(void **state)
+{
+    (void)state;
+    struct pinned_pages *store = &arena.pages;
+    struct rk_transport *reader = connected();
+    const struct rk_extent some[] = {{0, 0, 5, 9}, {0, 0, 1, 2}};
+    const struct rk_extent outside = {7, 0, 0, 1};
+    static uint8_t buffer[5 * PAGE_BYTES + 1];
+    struct rk_get gets[4];
+    struct rk_pages pages[4];
+    struct rk_error error = {.text = ""};
+    for (int i = 0; i < 4; i++) {
+        gets[i] = get_of(some, 2);
+        gets[i].verify = true;
+    }
+    gets[1].extents = &outside;
+    gets[1].num_extents = 1;
+    gets[2].buffer = buffer + 1; /* Misaligned, as buffers may be. */
+    gets[3].generation = 9;
+    assert_int_equal(rk_transport_get(reader, gets, 4, rk_deadline_in_ms(WAIT_MS), pages, &error),
+                     RK_OK);
+    assert_int_equal(pages[0].status, RK_OK);
+    assert_int_equal(pages[1].status, RK_ERR_INVALID);
+    assert_int_equal(pages[2].status, RK_OK);
+    assert_int_equal(pages[3].status, RK_MISS_STALE_GENERATION);
+    assert_string_equal(error.text, "extent 0 is outside");
+    for (int i = 0; i < 3; i += 2) {
+        assert_int_equal(pages[i].num_pages, 5);
+        assert_memory_equal(pages[i].pages[0].data, store->bytes + 5 * PAGE_BYTES, PAGE_BYTES);
+        assert_memory_equal(pages[i].pages[4].data, store->bytes + 1 * PAGE_BYTES, PAGE_BYTES);
+    }
+    assert_ptr_equal(pages[2].pages[0].data, buffer + 1);
+    rk_transport_release(reader, pages, 4);
+    gets[0].page_bytes = 0; /* A value has no extents: our own mistake is refused here. */
+    assert_int_equal(rk_transport_get(reader, gets, 1, rk_deadline_in_ms(WAIT_MS), pages, &error),
+                     RK_ERR_INVALID);
+    assert_int_equal(rk_transport_get(reader, gets, RK_TRANSPORT_ITEMS_MAX + 1,
+                                      rk_deadline_in_ms(WAIT_MS), pages, &error),
+                     RK_ERR_INVALID);
+    rk_transport_destroy(reader);
+    pins_become(0);
+}
+
+static void damage_on_the_way_is_a_miss(void **state)
+{
+    (void)state;
+    struct pinned_pages *store = &arena.pages;
+    struct rk_transport *reader = connected();
+    const struct rk_extent all = {0, 0, 0, NUM_PAGES};
+    struct rk_get get = get_of(&all, 1);
+    struct rk_pages pages;
+    get.verify = true;
+    assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_OK);
+    rk_transport_release(reader, &pages, 1);
+    store->sum_flip = 1; /* The last page's checksum is another one. */
+    assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_MISS_CHECKSUM);
+    assert_null(pages.pages);
+    store->sum_flip = 0;
+    rk_transport_destroy(reader);
+    pins_become(0);
+}
+
+static void puts_over_this_path(void **state)
+{
+    (void)state;
+    struct pinned_pages *store = &arena.pages;
+    struct rk_transport *reader = connected();
+    puts_arrive_whole(reader, store);
+    a_failed_item_hurts_no_other(reader, store);
+    rk_transport_destroy(reader);
 }
 
 /* ---- Peers that die or stop ---- */
@@ -289,7 +362,7 @@ static void a_killed_reader_lets_go(void **state)
     reader_start(&peer, WAIT_MS);
     peer_end(&peer, SIGKILL);
     pins_become(0);
-    struct rk_transport *transport = reader();
+    struct rk_transport *transport = connected();
     const struct rk_extent one = {0, 0, 0, 1};
     expect_pages(transport, &one, 1);
     rk_transport_destroy(transport);
@@ -303,7 +376,7 @@ static void a_stopped_reader_is_cut_off(void **state)
     rk_clock_sleep_ms(20);
     assert_int_equal(kill(peer.pid, SIGSTOP), 0);
     pins_become(0); /* Though it never said so. */
-    struct rk_transport *transport = reader();
+    struct rk_transport *transport = connected();
     const struct rk_extent all = {0, 0, 0, NUM_PAGES};
     expect_pages(transport, &all, 1);
     rk_transport_destroy(transport);
@@ -330,7 +403,7 @@ static void connections_come_and_go(void **state)
     const struct rk_extent one = {0, 0, 0, 1};
     int before = 0;
     for (int i = 0; i < CONNECTS; i++) {
-        struct rk_transport *transport = reader();
+        struct rk_transport *transport = connected();
         if (i % 2) {
             expect_pages(transport, &one, 1);
         }
@@ -348,7 +421,7 @@ static void connections_are_bounded(void **state)
     struct rk_transport *readers[CONNECTIONS];
     enum rk_status status = RK_OK;
     for (int i = 0; i < CONNECTIONS; i++) {
-        readers[i] = reader();
+        readers[i] = connected();
     }
     assert_null(reader_connect(rk_ucx_server_port(arena.server), 2000, &status));
     assert_int_equal(status, RK_ERR_UNAVAILABLE);
@@ -474,7 +547,7 @@ static void strangers_are_cut_off(void **state)
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     assert_int_equal(connect(fd, (struct sockaddr *)&to, sizeof(to)), 0);
     assert_true(send(fd, "GET / HTTP/1.0\r\n\r\n", 18, MSG_NOSIGNAL) == 18);
-    struct rk_transport *transport = reader();
+    struct rk_transport *transport = connected();
     const struct rk_extent one = {0, 0, 0, 1};
     expect_pages(transport, &one, 1);
     rk_transport_destroy(transport);
@@ -500,6 +573,9 @@ int main(void)
     const struct CMUnitTest tests[] = {
         WITH_SERVER(bytes_are_those_of_the_store),
         WITH_SERVER(misses_and_errors_carry_their_reason),
+        WITH_SERVER(a_batch_is_one_round_trip),
+        WITH_SERVER(damage_on_the_way_is_a_miss),
+        WITH_SERVER(puts_over_this_path),
         cmocka_unit_test(a_killed_store_is_noticed),
         cmocka_unit_test(a_stopped_store_costs_one_deadline),
         WITH_SERVER(a_killed_reader_lets_go),
