@@ -165,8 +165,13 @@ static ucs_status_t context_create(const struct ucx_address *address, ucp_contex
     if (result != UCS_OK) {
         return result;
     }
-    result = api.ucp_config_modify(config, "TLS", "tcp");
-    if (result == UCS_OK && !address_is_any(address) && device_towards(address, device)) {
+    /* Another list, such as "rc,tcp", is for networks with RDMA: rendezvous is one-sided there, and
+     * the adapter protects the memory. Its devices are not those that have addresses. */
+    const char *transports = getenv("REDKNOT_UCX_TLS");
+    bool tcp_only = !transports || transports[0] == '\0';
+    result = api.ucp_config_modify(config, "TLS", tcp_only ? "tcp" : transports);
+    if (result == UCS_OK && tcp_only && !address_is_any(address) &&
+        device_towards(address, device)) {
         result = api.ucp_config_modify(config, "NET_DEVICES", device);
     }
     if (result == UCS_OK) {
