@@ -17,11 +17,15 @@
 #include "kvstore/space_internal.h"
 
 #include <pthread.h>
+#include <string.h>
 
 #define uthash_malloc(bytes)       rk_alloc(bytes)
 #define uthash_free(block, bytes)  rk_free(block)
 #define HASH_NONFATAL_OOM          1
 #define uthash_nonfatal_oom(added) ((void)0) /* The caller sees hh.tbl == NULL. */
+/* Ids are uniform: their first bytes are a hash, and the shard index tells a segment's shards
+ * apart. The key is a struct slot_key. */
+#define HASH_FUNCTION(key, bytes, hash) ((hash) = kvstore_slot_hash(key))
 #include <uthash.h>
 
 #define EVICTED_SLOTS (1u << 16)
@@ -73,6 +77,15 @@ struct slot_key {
     uint8_t segment_id[RK_ID_BYTES];
     uint32_t shard_index;
 };
+
+static inline unsigned kvstore_slot_hash(const void *key)
+{
+    struct slot_key copy;
+    unsigned hash = 0;
+    memcpy(&copy, key, sizeof(copy));
+    memcpy(&hash, copy.segment_id, sizeof(hash));
+    return hash + copy.shard_index * 2654435761u;
+}
 
 struct slot {
     struct slot_key key;

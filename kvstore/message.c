@@ -1,6 +1,7 @@
 #include "kvstore/message_internal.h"
 
 #include "common/base/alloc.h"
+#include "common/base/value.h"
 
 #include <string.h>
 
@@ -144,6 +145,10 @@ enum rk_status message_get_read(const Redknot__V1__GetItem *wire, struct message
                                     .shard_index = wire->shard_index,
                                     .page_bytes = wire->page_bytes,
                                     .bytes_max = wire->bytes_max};
+    if (wire->key.len > RK_VALUE_KEY_BYTES_MAX) {
+        return rk_error_set(error, RK_ERR_INVALID, "a key has at most %u bytes, not %zu",
+                            RK_VALUE_KEY_BYTES_MAX, wire->key.len);
+    }
     if (wire->key.len > 0) {
         ret_get->id = rk_id_value(wire->key.data, wire->key.len);
     } else if (!message_id_read(&wire->id, &ret_get->id)) {

@@ -19,6 +19,9 @@ struct rk_sha256 *rk_sha256_begin(void);
 void rk_sha256_update(struct rk_sha256 *sha, const void *data, size_t bytes);
 void rk_sha256_end(struct rk_sha256 *sha, uint8_t ret_digest[RK_SHA256_BYTES]); /* and frees it */
 
+/* The digest of what lies in one piece. */
+void rk_sha256_once(const void *data, size_t bytes, uint8_t ret_digest[RK_SHA256_BYTES]);
+
 /* The checksum of a page: over all its bytes, seed 0. */
 uint64_t rk_hash_xxh3(const void *data, size_t bytes);
 

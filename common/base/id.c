@@ -1,6 +1,8 @@
 #include "common/base/id.h"
 
 #include "common/base/hash.h"
+#include "common/base/status.h"
+#include "common/base/value.h"
 
 #include <string.h>
 
@@ -43,21 +45,30 @@ struct rk_id rk_id_chain(const struct rk_id *parent, const struct rk_id *segment
     return id;
 }
 
+/* The same fields in one piece, for values are many and their keys short. */
 struct rk_id rk_id_value(const void *key, size_t key_bytes)
 {
+    static const char domain[] = "redknot.value.v1";
+    uint8_t fields[2 * sizeof(uint64_t) + sizeof(domain) - 1 + RK_VALUE_KEY_BYTES_MAX];
+    uint64_t lengths[] = {sizeof(domain) - 1, key_bytes};
     struct rk_id id;
-    struct rk_sha256 *sha = begin("redknot.value.v1");
-    hash_field(sha, key, key_bytes);
-    rk_sha256_end(sha, id.bytes);
+    RK_ASSERT(key_bytes <= RK_VALUE_KEY_BYTES_MAX);
+    uint8_t *at = fields;
+    memcpy(at, &lengths[0], sizeof(uint64_t));
+    at += sizeof(uint64_t);
+    memcpy(at, domain, lengths[0]);
+    at += lengths[0];
+    memcpy(at, &lengths[1], sizeof(uint64_t));
+    at += sizeof(uint64_t);
+    memcpy(at, key, key_bytes);
+    rk_sha256_once(fields, (size_t)(at - fields) + key_bytes, id.bytes);
     return id;
 }
 
 struct rk_id rk_id_sha256(const void *data, size_t bytes)
 {
     struct rk_id id;
-    struct rk_sha256 *sha = rk_sha256_begin();
-    rk_sha256_update(sha, data, bytes);
-    rk_sha256_end(sha, id.bytes);
+    rk_sha256_once(data, bytes, id.bytes);
     return id;
 }
 

@@ -28,6 +28,7 @@ struct rk_id rk_id_segment(const void *salt, size_t salt_bytes, const struct rk_
                            const int32_t *token_ids, size_t num_tokens);
 /* parent NULL: the segment stands at position 0, the result is its own id. */
 struct rk_id rk_id_chain(const struct rk_id *parent, const struct rk_id *segment);
+/* key_bytes at most RK_VALUE_KEY_BYTES_MAX (value.h). */
 struct rk_id rk_id_value(const void *key, size_t key_bytes);
 struct rk_id rk_id_sha256(const void *data, size_t bytes);
 

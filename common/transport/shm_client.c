@@ -148,24 +148,21 @@ static void frame_done(struct shm_client *client, const struct shm_frame *frame)
     memmove(client->in, client->in + frame->bytes, client->in_bytes);
 }
 
-struct __attribute__((packed)) release_frame {
-    struct shm_frame_header header;
-    struct shm_release body;
-};
-
 static void pins_release(struct shm_client *client, const uint64_t *pin_ids, size_t count)
 {
-    struct release_frame frames[RK_TRANSPORT_ITEMS_MAX];
+    struct __attribute__((packed)) {
+        struct shm_frame_header header;
+        uint64_t pin_ids[RK_TRANSPORT_ITEMS_MAX];
+    } frame;
+    size_t bytes = count * sizeof(pin_ids[0]);
     if (client->broken || count == 0) {
         return;
     }
-    for (size_t i = 0; i < count; i++) {
-        frames[i].body.pin_id = pin_ids[i];
-        shm_header_fill(&frames[i].header, SHM_RELEASE, 0, sizeof(frames[i].body));
-    }
+    shm_header_fill(&frame.header, SHM_RELEASE, 0, bytes);
+    memcpy(frame.pin_ids, pin_ids, bytes);
     /* A store so far behind that this does not fit has stopped: its pins end with the connection.
      */
-    if (send_all(client, frames, count * sizeof(frames[0]), 0, NULL) != RK_OK) {
+    if (send_all(client, &frame, sizeof(frame.header) + bytes, 0, NULL) != RK_OK) {
         client->broken = true;
     }
 }

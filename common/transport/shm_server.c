@@ -424,6 +424,22 @@ static enum rk_status handle_put_data(struct connection *connection, const struc
 
 /* ---- Frames ---- */
 
+static enum rk_status handle_release(struct rk_shm_server *server, struct connection *connection,
+                                     const struct shm_frame *frame, const char **ret_why)
+{
+    struct wire_reader reader = {frame->body, frame->header.body_bytes};
+    uint64_t pin_id = 0;
+    bool good = reader.left > 0;
+    while (good && reader.left > 0) {
+        good = wire_take(&reader, &pin_id, sizeof(pin_id)) && pin_drop(server, connection, pin_id);
+    }
+    if (!good) {
+        *ret_why = "a release of what is not pinned";
+        return RK_ERR_INVALID;
+    }
+    return RK_OK;
+}
+
 static enum rk_status handle_frame(struct rk_shm_server *server, struct connection *connection,
                                    const struct shm_frame *frame, const char **ret_why)
 {
@@ -442,17 +458,8 @@ static enum rk_status handle_frame(struct rk_shm_server *server, struct connecti
         return handle_put(server, connection, frame, ret_why);
     case SHM_PUT_DATA:
         return handle_put_data(connection, frame, ret_why);
-    case SHM_RELEASE: {
-        struct shm_release release;
-        if (frame->header.body_bytes == sizeof(release)) {
-            memcpy(&release, frame->body, sizeof(release));
-            if (pin_drop(server, connection, release.pin_id)) {
-                return RK_OK;
-            }
-        }
-        *ret_why = "a release of what is not pinned";
-        return RK_ERR_INVALID;
-    }
+    case SHM_RELEASE:
+        return handle_release(server, connection, frame, ret_why);
     default:
         *ret_why = "a frame that readers do not send";
         return RK_ERR_INVALID;

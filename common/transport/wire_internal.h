@@ -8,7 +8,7 @@
  * that the shm and the UCX path send alike; gRPC has its own in
  * redknot.v1.KvStore. On the socket the client says HELLO and the server
  * answers HELLO_REPLY with the arena's descriptor beside it; GET is answered by
- * FOUND, RELEASE by nothing. For a put the client hands over its outbox once
+ * FOUND, RELEASE (pin ids, u64 each) by nothing. For a put the client hands over its outbox once
  * (OUTBOX, a sealed memfd beside it); PUT says what comes, PUT_DATA where in
  * the outbox the next bytes lie, each answered by TAKEN, and the last one by
  * RESULTS behind it.
@@ -165,10 +165,6 @@ struct __attribute__((packed)) shm_frame_header {
 
 struct __attribute__((packed)) shm_hello_reply {
     uint64_t arena_bytes;
-};
-
-struct __attribute__((packed)) shm_release {
-    uint64_t pin_id;
 };
 
 struct __attribute__((packed)) shm_outbox {
