@@ -2,6 +2,7 @@
 
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
+#include "tests/e2e/network.h"
 #include "tests/support/golden.h"
 
 #include <arpa/inet.h>
@@ -49,9 +50,10 @@ static int free_port(void)
     return 0;
 }
 
-static void loopback(char ret_address[32])
+static void address_make(const struct cluster_options *options, char ret_address[32])
 {
-    (void)snprintf(ret_address, 32, "127.0.0.1:%d", free_port());
+    (void)snprintf(ret_address, 32, "%s:%d", options->host ? options->host : "127.0.0.1",
+                   free_port());
 }
 
 static void print_log(const struct process *process)
@@ -76,6 +78,9 @@ void process_start(struct process *process)
         dup2(log, STDOUT_FILENO);
         dup2(log, STDERR_FILENO);
         prctl(PR_SET_PDEATHSIG, SIGKILL); /* A test that dies leaves nobody behind. */
+        if (process->netns && !network_enter(process->netns)) {
+            _exit(126);
+        }
         execv(process->argv[0], (char *const *)process->argv);
         _exit(127);
     }
@@ -159,8 +164,8 @@ static void define_worker(struct cluster *cluster, const struct cluster_options 
     struct process *worker = &cluster->workers[index];
     char *name = cluster->names[index + 2];
     (void)snprintf(name, sizeof(cluster->names[0]), "worker-%u", index);
-    loopback(cluster->worker_addresses[index]);
-    loopback(cluster->worker_metrics[index]);
+    address_make(options, cluster->worker_addresses[index]);
+    address_make(options, cluster->worker_metrics[index]);
     process_define(worker, cluster, name, "redknot-worker");
     process_arguments(worker, "--model", golden_model_path(), "--listen",
                       cluster->worker_addresses[index], "--metrics", cluster->worker_metrics[index],
@@ -183,10 +188,10 @@ void cluster_start(struct cluster *cluster, const struct cluster_options *option
     (void)snprintf(cluster->data, sizeof(cluster->data), "%s/data", cluster->folder);
     (void)snprintf(cluster->store_socket, sizeof(cluster->store_socket), "%s/store.sock",
                    cluster->folder);
-    loopback(cluster->coordinator_address);
-    loopback(cluster->coordinator_metrics);
-    loopback(cluster->store_address);
-    loopback(cluster->store_metrics);
+    address_make(options, cluster->coordinator_address);
+    address_make(options, cluster->coordinator_metrics);
+    address_make(options, cluster->store_address);
+    address_make(options, cluster->store_metrics);
 
     process_define(&cluster->coordinator, cluster, "coordinator", "redknot-coordinator");
     process_arguments(&cluster->coordinator, "--listen", cluster->coordinator_address, "--data",
@@ -200,6 +205,8 @@ void cluster_start(struct cluster *cluster, const struct cluster_options *option
         process_arguments(&cluster->store, "--enable-fault-injection", NULL);
     }
     process_more(&cluster->store, options->store_args);
+    cluster->coordinator.netns = options->netns;
+    cluster->store.netns = options->netns;
     cluster->num_workers = options->num_workers;
     for (uint32_t i = 0; i < options->num_workers; i++) {
         define_worker(cluster, options, i);
@@ -290,8 +297,11 @@ struct rk_client *cluster_client(const struct cluster *cluster, int worker)
 
 static FILE *metrics_open(const char *address)
 {
-    struct sockaddr_in to = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    struct sockaddr_in to = {.sin_family = AF_INET};
     char request[] = "GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n";
+    char host[32];
+    (void)snprintf(host, sizeof(host), "%.*s", (int)(strrchr(address, ':') - address), address);
+    assert_int_equal(inet_pton(AF_INET, host, &to.sin_addr), 1);
     to.sin_port = htons((uint16_t)strtol(strrchr(address, ':') + 1, NULL, 10));
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     assert_int_equal(connect(fd, (struct sockaddr *)&to, sizeof(to)), 0);
@@ -311,6 +321,24 @@ double cluster_metric(const char *address, const char *name)
     }
     (void)fclose(reply);
     return sum;
+}
+
+void cluster_store_becomes_quiet(const struct cluster *cluster)
+{
+    static const char *const gauges[] = {"redknot_kvstore_pinned_bytes ",
+                                         "redknot_kvstore_staged "};
+    enum { WAIT_MS = 30000 };
+    int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
+    rk_clock_sleep_ms(250); /* The store publishes its gauges five times a second. */
+    for (size_t i = 0; i < sizeof(gauges) / sizeof(gauges[0]); i++) {
+        double value = 1;
+        while ((value = cluster_metric(cluster->store_metrics, gauges[i])) > 0) {
+            if (rk_deadline_left_ms(deadline_ns) == 0) {
+                fail_msg("%s stays at %.0f", gauges[i], value);
+            }
+            rk_clock_sleep_ms(50);
+        }
+    }
 }
 
 void cluster_metrics_check(const char *address)

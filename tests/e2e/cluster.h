@@ -1,8 +1,8 @@
 /*
- * cluster: a real cluster of processes on loopback for the end-to-end tests:
- * a coordinator, one store and some workers, each on ports of its own, in a
- * temporary folder that goes when the cluster does. A failure to start aborts
- * the test with the process's log.
+ * cluster: a real cluster of processes for the end-to-end tests: a coordinator,
+ * one store and some workers, each on ports of its own, on loopback or in a
+ * network namespace, in a temporary folder that goes when the cluster does. A
+ * failure to start aborts the test with the process's log.
  */
 #ifndef TESTS_E2E_CLUSTER_H
 #define TESTS_E2E_CLUSTER_H
@@ -19,6 +19,7 @@ struct process {
     pid_t pid; /* 0: not running */
     const char *argv[40];
     char log[160];
+    const char *netns; /* named network namespace; NULL: that of the test */
 };
 
 struct cluster {
@@ -43,6 +44,8 @@ struct cluster_options {
     const char *mode;  /* "f32" or "bf16"; NULL: the CPU's best */
     const char *dram;  /* NULL: "1GiB" */
     const char *path;  /* worker's read path; NULL: auto */
+    const char *host;  /* where all listen; NULL: "127.0.0.1" */
+    const char *netns; /* of coordinator and store; NULL: that of the test */
     bool store_faults; /* SIGUSR1 to the store flips a byte */
     /* More options for each; the list ends with NULL. NULL: none. */
     const char *const *store_args;
@@ -66,6 +69,8 @@ struct rk_client *cluster_client(const struct cluster *cluster, int worker);
 double cluster_metric(const char *address, const char *name);
 /* Asserts that promtool has no complaint about /metrics. */
 void cluster_metrics_check(const char *address);
+/* Until the store holds no pin and nothing half written; fails the test after half a minute. */
+void cluster_store_becomes_quiet(const struct cluster *cluster);
 /* Resident bytes of a process. */
 uint64_t process_resident_bytes(const struct process *process);
 
