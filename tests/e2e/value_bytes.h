@@ -26,18 +26,26 @@ static inline void value_fill(uint64_t name, void *data, uint64_t bytes)
     }
 }
 
-/* The first wrong byte; `bytes`: all are right. */
-static inline uint64_t value_compare(uint64_t name, const void *data, uint64_t bytes)
+/* The first wrong byte of a part that begins at `offset`, in it; `bytes`: all are right. */
+static inline uint64_t value_compare_at(uint64_t name, uint64_t offset, const void *data,
+                                        uint64_t bytes)
 {
     const uint8_t *at = data;
-    for (uint64_t done = 0; done < bytes; done += sizeof(uint64_t)) {
-        uint64_t word = value_word(name, done / sizeof(word));
-        uint64_t left = bytes - done;
-        if (memcmp(at + done, &word, left < sizeof(word) ? left : sizeof(word)) != 0) {
+    for (uint64_t done = 0; done < bytes;) {
+        uint64_t word = value_word(name, (offset + done) / sizeof(word));
+        uint64_t skip = (offset + done) % sizeof(word);
+        uint64_t count = sizeof(word) - skip < bytes - done ? sizeof(word) - skip : bytes - done;
+        if (memcmp(at + done, (const uint8_t *)&word + skip, count) != 0) {
             return done;
         }
+        done += count;
     }
     return bytes;
+}
+
+static inline uint64_t value_compare(uint64_t name, const void *data, uint64_t bytes)
+{
+    return value_compare_at(name, 0, data, bytes);
 }
 
 /* The next number, from 0 to limit - 1. */
