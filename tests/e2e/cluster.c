@@ -300,9 +300,12 @@ static FILE *metrics_open(const char *address)
     struct sockaddr_in to = {.sin_family = AF_INET};
     char request[] = "GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n";
     char host[32];
-    (void)snprintf(host, sizeof(host), "%.*s", (int)(strrchr(address, ':') - address), address);
+    (void)snprintf(host, sizeof(host), "%s", address);
+    char *colon = strchr(host, ':');
+    assert_non_null(colon);
+    *colon = '\0';
     assert_int_equal(inet_pton(AF_INET, host, &to.sin_addr), 1);
-    to.sin_port = htons((uint16_t)strtol(strrchr(address, ':') + 1, NULL, 10));
+    to.sin_port = htons((uint16_t)strtol(colon + 1, NULL, 10));
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     assert_int_equal(connect(fd, (struct sockaddr *)&to, sizeof(to)), 0);
     assert_int_equal(write(fd, request, sizeof(request) - 1), sizeof(request) - 1);
