@@ -9,6 +9,7 @@
 #include "tests/common/transport/one_get.h"
 #include "tests/common/transport/put_checks.h"
 #include "tests/common/transport/ucx_arena.h"
+#include "tests/common/transport/ucx_stranger.h"
 
 #include "common/base/clock.h"
 #include "common/base/log.h"
@@ -430,67 +431,6 @@ static void connections_are_bounded(void **state)
     }
 }
 
-/* A reader made by hand. */
-struct stranger {
-    struct ucx_worker ucx;
-    ucp_ep_h endpoint;
-    bool cut;
-};
-
-static void on_cut(void *context, ucp_ep_h endpoint, ucs_status_t status)
-{
-    (void)endpoint;
-    (void)status;
-    ((struct stranger *)context)->cut = true;
-}
-
-static void stranger_send(struct stranger *stranger, unsigned id, const void *header,
-                          size_t header_bytes, const void *data, size_t bytes)
-{
-    const ucp_request_param_t params = {.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS,
-                                        .flags = UCP_AM_SEND_FLAG_REPLY | UCP_AM_SEND_FLAG_EAGER};
-    ucs_status_ptr_t request = stranger->ucx.api->ucp_am_send_nbx(
-        stranger->endpoint, id, header, header_bytes, data, bytes, &params);
-    int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
-    if (UCS_PTR_IS_PTR(request)) {
-        while (stranger->ucx.api->ucp_request_check_status(request) == UCS_INPROGRESS) {
-            assert_true(rk_deadline_left_ms(deadline_ns) > 0);
-            ucx_worker_wait(&stranger->ucx, -1, deadline_ns);
-        }
-        stranger->ucx.api->ucp_request_free(request);
-    }
-}
-
-static void stranger_start(struct stranger *stranger)
-{
-    struct ucx_address address;
-    *stranger = (struct stranger){.endpoint = NULL};
-    assert_int_equal(
-        ucx_address_resolve(address_of(rk_ucx_server_port(arena.server)), &address, NULL), RK_OK);
-    assert_int_equal(ucx_worker_create(&address, &stranger->ucx, NULL), RK_OK);
-    const ucp_ep_params_t params = {
-        .field_mask = UCP_EP_PARAM_FIELD_FLAGS | UCP_EP_PARAM_FIELD_SOCK_ADDR |
-                      UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | UCP_EP_PARAM_FIELD_ERR_HANDLER,
-        .flags = UCP_EP_PARAMS_FLAGS_CLIENT_SERVER,
-        .err_mode = UCP_ERR_HANDLING_MODE_PEER,
-        .err_handler = {.cb = on_cut, .arg = stranger},
-        .sockaddr = {.addr = (const struct sockaddr *)&address.storage, .addrlen = address.bytes}};
-    assert_int_equal(
-        stranger->ucx.api->ucp_ep_create(stranger->ucx.worker, &params, &stranger->endpoint),
-        UCS_OK);
-}
-
-static void stranger_is_cut(struct stranger *stranger)
-{
-    int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
-    while (!stranger->cut && rk_deadline_left_ms(deadline_ns) > 0) {
-        ucx_worker_wait(&stranger->ucx, -1, deadline_ns);
-    }
-    assert_true(stranger->cut);
-    ucx_endpoint_kill(&stranger->ucx, stranger->endpoint, deadline_ns);
-    ucx_worker_destroy(&stranger->ucx);
-}
-
 static void strangers_are_cut_off(void **state)
 {
     (void)state;
@@ -506,7 +446,7 @@ static void strangers_are_cut_off(void **state)
               .extents = {{0, 0, 0, 1}, {0, 0, 9, 3}}};
     struct stranger stranger;
     for (int kind = 0; kind < 6; kind++) {
-        stranger_start(&stranger);
+        stranger_start(&stranger, address_of(rk_ucx_server_port(arena.server)));
         if (kind >= 2) {
             stranger_send(&stranger, UCX_HELLO, &good, sizeof(good), NULL, 0);
         }
@@ -535,10 +475,9 @@ static void strangers_are_cut_off(void **state)
     }
     /* Frames that nobody knows are nothing to anybody. */
     for (unsigned id = 0; id < 65536; id = 2 * id + 5) {
-        stranger_start(&stranger);
+        stranger_start(&stranger, address_of(rk_ucx_server_port(arena.server)));
         stranger_send(&stranger, id, &get, sizeof(get), &body, sizeof(body));
-        ucx_endpoint_kill(&stranger.ucx, stranger.endpoint, rk_deadline_in_ms(WAIT_MS));
-        ucx_worker_destroy(&stranger.ucx);
+        stranger_end(&stranger);
     }
     /* And bytes that are no UCX at all. */
     struct sockaddr_in to = {.sin_family = AF_INET,
