@@ -7,7 +7,6 @@
 #include <fcntl.h>
 #include <sched.h>
 #include <setjmp.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -53,6 +52,20 @@ __attribute__((format(printf, 1, 2))) static bool command_works(const char *form
 
 /* ---- What is needed ---- */
 
+static bool process_lives(pid_t pid)
+{
+    char path[64];
+    char line[256] = "";
+    (void)snprintf(path, sizeof(path), "/proc/%d/stat", pid);
+    FILE *file = fopen(path, "r");
+    if (!file) {
+        return errno != ENOENT;
+    }
+    bool read = fgets(line, sizeof(line), file) != NULL;
+    (void)fclose(file);
+    return read && !strstr(line, ") Z "); /* Dead, and not waited for yet. */
+}
+
 static void remove_stale(void)
 {
     DIR *folder = opendir("/run/netns");
@@ -64,7 +77,7 @@ static void remove_stale(void)
             continue;
         }
         pid_t pid = (pid_t)strtol(entry->d_name + strlen(PREFIX), NULL, 10);
-        if (pid > 0 && kill(pid, 0) != 0 && errno == ESRCH) {
+        if (pid > 0 && !process_lives(pid)) {
             (void)command_works("ip netns delete %s", entry->d_name);
         }
     }

@@ -418,6 +418,28 @@ static void stopped_store_costs_the_deadline(void **state)
     expect_quiet_store();
 }
 
+/* The list of stores is known: who does not ask for a newer one just now goes on. */
+static void stopped_coordinator_costs_some_calls(void **state)
+{
+    (void)state;
+    unsigned good = 0;
+    expect_right(true, 1, MIB);
+    assert_int_equal(kill(fixture.cluster.coordinator.pid, SIGSTOP), 0);
+    rk_clock_sleep_ms(1200); /* The list is older than a client likes it to be. */
+    for (int i = 0; i < 8; i++) {
+        struct call call = call_of(false, 1, MIB, 700);
+        call_make(&call);
+        call_in_time(&call, "when the coordinator is stopped");
+        good += call.status == RK_OK;
+        rk_free(call.data);
+        rk_clock_sleep_ms(100);
+    }
+    assert_int_equal(kill(fixture.cluster.coordinator.pid, SIGCONT), 0);
+    expect_recovery(3, MIB);
+    print_message("%s: %u of 8 gets worked without the coordinator\n", fixture.path, good);
+    assert_true(good >= 3);
+}
+
 /* ---- Each test in a process and a network of its own ---- */
 
 struct scene {
@@ -519,7 +541,7 @@ int main(int argc, char **argv)
         INSIDE(packets_vanish_in_a_get),          INSIDE(packets_vanish_in_a_put),
         INSIDE(slow_link_costs_time_alone),       INSIDE(lost_packets_cost_time_alone),
         INSIDE(store_is_killed_and_comes_back),   INSIDE(killed_client_lets_go),
-        INSIDE(stopped_store_costs_the_deadline),
+        INSIDE(stopped_store_costs_the_deadline), INSIDE(stopped_coordinator_costs_some_calls),
     };
     enum { NUM_SCENES = 2 * sizeof(inner) / sizeof(inner[0]) };
     static struct scene scenes[NUM_SCENES];

@@ -16,6 +16,7 @@
 
 struct store {
     pid_t pid;
+    bool told; /* it had its SIGTERM already: a second one would not wait */
     char folder[64];
     char log[96];
     char address[64];
@@ -28,7 +29,7 @@ struct store {
 
 /* With the value "good" and shard 1 of shard_support.h, generation 1, in it. */
 void store_start(struct store *store);
-/* SIGTERM, and asserts that it ends with 0. */
+/* SIGTERM if it had none, and asserts that it ends with 0. */
 void store_stop(struct store *store);
 
 /* Nothing is pinned or staged any more, the room is what it was, and a new client of this path

@@ -819,6 +819,7 @@ static void it_ends_with_strangers_at_work(void **state)
     rk_free(message.data);
     rk_clock_sleep_ms(100);
     assert_int_equal(kill(store.pid, SIGTERM), 0);
+    store.told = true;
     stranger_is_cut(&stranger);
     uint64_t bytes = 0;
     assert_int_not_equal(stream_end(stream, &bytes), RK_OK);
