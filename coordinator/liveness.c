@@ -55,8 +55,10 @@ double liveness_factor(const struct liveness *liveness, int64_t slow_start_ns, i
 
 double liveness_share(double factor, double factor_max)
 {
-    /* To the nearest step: stores that came within a moment of each other are soon alike. */
+    /* Stores that came within a moment of each other are alike from the beginning. */
+    if (factor_max - factor < 0.5 / LIVENESS_STEPS) {
+        return 1.0;
+    }
     int steps = (int)(factor / factor_max * LIVENESS_STEPS + 0.5);
-
     return (double)(steps < 1 ? 1 : steps) / LIVENESS_STEPS;
 }

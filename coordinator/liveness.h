@@ -45,7 +45,8 @@ void liveness_came(struct liveness *liveness, bool unknown, int64_t now_ns);
 void liveness_announced(struct liveness *liveness);
 /* 1/8 to 1. slow_start_ns 0: always 1. */
 double liveness_factor(const struct liveness *liveness, int64_t slow_start_ns, int64_t now_ns);
-/* factor / factor_max, rounded to steps of 1/8, one step at least: 1/8 to 1. */
+/* factor / factor_max, rounded to steps of 1/8, one step at least: 1/8 to 1. 1 when they differ by
+ * less than half a step. */
 double liveness_share(double factor, double factor_max);
 
 #endif
