@@ -20,7 +20,9 @@
 #define VALUES_ITEMS_MAX         65536 /* of one call */
 #define VALUES_STORES_AGE_MS     1000  /* the list of stores is asked for so often */
 #define VALUES_STORES_TIMEOUT_MS 1000
-#define VALUES_RANKS             2 /* stores that a key may be on: its own, and the next */
+#define VALUES_STORES_IDLE_MS    5000 /* not asked for so long: the next call waits for it, */
+#define VALUES_STORES_WAIT_MS    200  /* at most so long */
+#define VALUES_RANKS             2    /* stores that a key may be on: its own, and the next */
 
 /* ---- values_stores.c ---- */
 
@@ -42,11 +44,18 @@ struct store_channel {
     struct store_channel *next;
 };
 
+/* A thread of its own asks again once a second while the list is used: a coordinator that is silent
+ * costs no call to a store that is not. */
 struct stores {
     pthread_mutex_t lock; /* Leaf. */
+    pthread_cond_t due;
+    pthread_t thread;
+    bool running;
+    bool stopping;
+    bool wanted; /* the thread shall ask */
     struct rk_rpc_channel *coordinator;
     struct store_set *set; /* NULL: never known */
-    int64_t ask_at_ns;
+    int64_t asked_ns;      /* when it was last asked, with or without success */
     struct store_channel *channels;
     size_t num_channels; /* at most RK_KV_NODES_MAX */
 };
@@ -54,8 +63,9 @@ struct stores {
 RK_MUST_CHECK enum rk_status stores_create(const char *coordinator, struct stores *ret_stores,
                                            struct rk_error *error);
 void stores_destroy(struct stores *stores);
-/* The stores as they are now, or were a moment ago when the coordinator does not answer. At least
- * one, else RK_ERR_UNAVAILABLE. The caller gives it back. */
+/* The stores as they were a moment ago, or longer when the coordinator does not answer. At least
+ * one, else RK_ERR_UNAVAILABLE. The caller gives it back. Waits only the first time, and for a
+ * moment when nobody asked for long. */
 RK_MUST_CHECK enum rk_status stores_get(struct stores *stores, int64_t deadline_ns,
                                         struct store_set **ret_set, struct rk_error *error);
 /* Borrowed for the client's life. */
@@ -81,6 +91,8 @@ struct rk_values {
 
 /* ---- values_submit.c ---- */
 
+/* As pthread_create, with every signal blocked: an application's signals are its own threads'. */
+int values_thread_start(pthread_t *ret_thread, void *(*body)(void *), void *context);
 RK_MUST_CHECK enum rk_status operations_create(struct rk_values *values, uint32_t threads,
                                                uint32_t operations_max,
                                                struct operations **ret_operations,

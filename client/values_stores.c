@@ -6,28 +6,6 @@
 
 #include <string.h>
 
-enum rk_status stores_create(const char *coordinator, struct stores *ret_stores,
-                             struct rk_error *error)
-{
-    *ret_stores = (struct stores){.set = NULL};
-    RK_ASSERT(pthread_mutex_init(&ret_stores->lock, NULL) == 0);
-    return rk_rpc_channel_create(coordinator, &ret_stores->coordinator, error);
-}
-
-void stores_destroy(struct stores *stores)
-{
-    while (stores->channels) {
-        struct store_channel *next = stores->channels->next;
-        rk_rpc_channel_destroy(stores->channels->channel);
-        rk_free(stores->channels->address);
-        rk_free(stores->channels);
-        stores->channels = next;
-    }
-    rk_rpc_channel_destroy(stores->coordinator);
-    store_set_give(stores->set);
-    (void)pthread_mutex_destroy(&stores->lock);
-}
-
 /* With the lock. */
 static enum rk_status channel_add(struct stores *stores, const char *address,
                                   struct rk_rpc_channel **ret_channel, struct rk_error *error)
@@ -125,26 +103,8 @@ static enum rk_status ask(struct stores *stores, int timeout_ms, struct store_se
     return status;
 }
 
-/* One caller at a time asks; the others go on with what is known. */
-static struct store_set *known(struct stores *stores, bool *ret_ask)
-{
-    int64_t now_ns = rk_clock_ns();
-    (void)pthread_mutex_lock(&stores->lock);
-    struct store_set *set = stores->set;
-    *ret_ask = !set || now_ns >= stores->ask_at_ns;
-    if (*ret_ask) {
-        stores->ask_at_ns = now_ns + VALUES_STORES_AGE_MS * INT64_C(1000000);
-    }
-    if (set) {
-        atomic_fetch_add_explicit(&set->refs, 1, memory_order_relaxed);
-    }
-    (void)pthread_mutex_unlock(&stores->lock);
-    return set;
-}
-
 static void keep(struct stores *stores, struct store_set *set)
 {
-    atomic_fetch_add_explicit(&set->refs, 1, memory_order_relaxed);
     (void)pthread_mutex_lock(&stores->lock);
     struct store_set *old = stores->set;
     stores->set = set;
@@ -152,24 +112,118 @@ static void keep(struct stores *stores, struct store_set *set)
     store_set_give(old);
 }
 
+static void *stores_main(void *context)
+{
+    struct stores *stores = context;
+    (void)pthread_mutex_lock(&stores->lock);
+    while (!stores->stopping) {
+        if (!stores->wanted) {
+            (void)pthread_cond_wait(&stores->due, &stores->lock);
+            continue;
+        }
+        (void)pthread_mutex_unlock(&stores->lock);
+        struct store_set *fresh = NULL;
+        if (ask(stores, VALUES_STORES_TIMEOUT_MS, &fresh, NULL) == RK_OK) {
+            keep(stores, fresh);
+        }
+        (void)pthread_mutex_lock(&stores->lock);
+        stores->wanted = false;
+        stores->asked_ns = rk_clock_ns();
+    }
+    (void)pthread_mutex_unlock(&stores->lock);
+    return NULL;
+}
+
+enum rk_status stores_create(const char *coordinator, struct stores *ret_stores,
+                             struct rk_error *error)
+{
+    *ret_stores = (struct stores){.set = NULL};
+    RK_ASSERT(pthread_mutex_init(&ret_stores->lock, NULL) == 0);
+    RK_ASSERT(pthread_cond_init(&ret_stores->due, NULL) == 0);
+    enum rk_status status = rk_rpc_channel_create(coordinator, &ret_stores->coordinator, error);
+    if (status == RK_OK && values_thread_start(&ret_stores->thread, stores_main, ret_stores) != 0) {
+        status = rk_error_set(error, RK_ERR_NO_MEMORY, "cannot start a thread for values");
+    }
+    ret_stores->running = status == RK_OK;
+    return status;
+}
+
+void stores_destroy(struct stores *stores)
+{
+    (void)pthread_mutex_lock(&stores->lock);
+    stores->stopping = true;
+    (void)pthread_cond_signal(&stores->due);
+    (void)pthread_mutex_unlock(&stores->lock);
+    if (stores->running) {
+        (void)pthread_join(stores->thread, NULL);
+    }
+    while (stores->channels) {
+        struct store_channel *next = stores->channels->next;
+        rk_rpc_channel_destroy(stores->channels->channel);
+        rk_free(stores->channels->address);
+        rk_free(stores->channels);
+        stores->channels = next;
+    }
+    rk_rpc_channel_destroy(stores->coordinator);
+    store_set_give(stores->set);
+    (void)pthread_mutex_destroy(&stores->lock);
+    (void)pthread_cond_destroy(&stores->due);
+}
+
+static bool asked_within(const struct stores *stores, int64_t ms)
+{
+    return rk_clock_ns() - stores->asked_ns < ms * INT64_C(1000000);
+}
+
+/* What is known, with a reference; wakes the thread when that is old. *ret_idle: it is so old that
+ * it is worth waiting for. */
+static struct store_set *known(struct stores *stores, bool *ret_idle)
+{
+    (void)pthread_mutex_lock(&stores->lock);
+    struct store_set *set = stores->set;
+    if (set) {
+        atomic_fetch_add_explicit(&set->refs, 1, memory_order_relaxed);
+    }
+    *ret_idle = !asked_within(stores, VALUES_STORES_IDLE_MS);
+    if (*ret_idle) {
+        stores->asked_ns = rk_clock_ns(); /* By this caller, not by all at once. */
+    } else if (set && !stores->wanted && !asked_within(stores, VALUES_STORES_AGE_MS)) {
+        stores->wanted = true;
+        (void)pthread_cond_signal(&stores->due);
+    }
+    (void)pthread_mutex_unlock(&stores->lock);
+    return set;
+}
+
+/* Asks in the caller's time. */
+static enum rk_status ask_now(struct stores *stores, int64_t deadline_ns, int timeout_ms,
+                              struct store_set **set, struct rk_error *error)
+{
+    struct store_set *fresh = NULL;
+    int left_ms = rk_deadline_left_ms(deadline_ns);
+    enum rk_status status = ask(stores, left_ms < timeout_ms ? left_ms : timeout_ms, &fresh, error);
+    if (status == RK_OK) {
+        store_set_give(*set);
+        *set = fresh;
+        atomic_fetch_add_explicit(&fresh->refs, 1, memory_order_relaxed);
+        keep(stores, fresh);
+    }
+    return status;
+}
+
 enum rk_status stores_get(struct stores *stores, int64_t deadline_ns, struct store_set **ret_set,
                           struct rk_error *error)
 {
-    bool must_ask = false;
-    struct store_set *set = known(stores, &must_ask);
-    if (must_ask) {
-        struct store_set *fresh = NULL;
-        int left_ms = rk_deadline_left_ms(deadline_ns);
-        enum rk_status status =
-            ask(stores, left_ms < VALUES_STORES_TIMEOUT_MS ? left_ms : VALUES_STORES_TIMEOUT_MS,
-                &fresh, error);
-        if (status == RK_OK) {
+    bool idle = false;
+    struct store_set *set = known(stores, &idle);
+    if (!set || set->count == 0) { /* Nothing to go on with. */
+        enum rk_status status = ask_now(stores, deadline_ns, VALUES_STORES_TIMEOUT_MS, &set, error);
+        if (status != RK_OK) {
             store_set_give(set);
-            set = fresh;
-            keep(stores, set);
-        } else if (!set) {
             return status == RK_ERR_NO_MEMORY ? status : RK_ERR_UNAVAILABLE;
         }
+    } else if (idle) {
+        (void)!ask_now(stores, deadline_ns, VALUES_STORES_WAIT_MS, &set, NULL);
     }
     if (set->count == 0) {
         store_set_give(set);

@@ -131,14 +131,13 @@ static void *thread_main(void *context)
     return NULL;
 }
 
-/* An application's signals are its own threads' business. */
-static int thread_start(struct operations *operations, pthread_t *ret_thread)
+int values_thread_start(pthread_t *ret_thread, void *(*body)(void *), void *context)
 {
     sigset_t all;
     sigset_t before;
     (void)sigfillset(&all);
     (void)pthread_sigmask(SIG_SETMASK, &all, &before);
-    int failure = pthread_create(ret_thread, NULL, thread_main, operations);
+    int failure = pthread_create(ret_thread, NULL, body, context);
     (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
     return failure;
 }
@@ -168,7 +167,8 @@ enum rk_status operations_create(struct rk_values *values, uint32_t threads,
         operations->free = &operations->all[i];
     }
     while (status == RK_OK && operations->num_threads < threads) {
-        if (thread_start(operations, &operations->threads[operations->num_threads]) != 0) {
+        if (values_thread_start(&operations->threads[operations->num_threads], thread_main,
+                                operations) != 0) {
             status = rk_error_set(error, RK_ERR_NO_MEMORY, "cannot start a thread for operations");
         } else {
             operations->num_threads++;

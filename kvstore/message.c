@@ -111,10 +111,15 @@ enum rk_status message_header_read(const Redknot__V1__PutItem *wire,
     return RK_OK;
 }
 
-static enum rk_status extents_read(const Redknot__V1__GetItem *wire, struct message_get *get,
-                                   struct rk_error *error)
+struct message_budget message_budget_new(void)
 {
-    if (wire->n_extents > EXTENTS_MAX) {
+    return (struct message_budget){.extents = EXTENTS_MAX, .pages = PAGES_MAX};
+}
+
+static enum rk_status extents_read(const Redknot__V1__GetItem *wire, struct message_budget *budget,
+                                   struct message_get *get, struct rk_error *error)
+{
+    if (wire->n_extents > budget->extents) {
         return rk_error_set(error, RK_ERR_TOO_LONG, "more than %u extents in one get", EXTENTS_MAX);
     }
     get->extents = rk_alloc_zero(wire->n_extents, sizeof(*get->extents));
@@ -131,14 +136,16 @@ static enum rk_status extents_read(const Redknot__V1__GetItem *wire, struct mess
         get->num_pages +=
             extent->page_end > extent->page_begin ? extent->page_end - extent->page_begin : 0;
     }
-    if (get->num_pages > PAGES_MAX) {
+    if (get->num_pages > budget->pages) {
         return rk_error_set(error, RK_ERR_TOO_LONG, "more than %u pages in one get", PAGES_MAX);
     }
+    budget->extents -= wire->n_extents;
+    budget->pages -= get->num_pages;
     return RK_OK;
 }
 
-enum rk_status message_get_read(const Redknot__V1__GetItem *wire, struct message_get *ret_get,
-                                struct rk_error *error)
+enum rk_status message_get_read(const Redknot__V1__GetItem *wire, struct message_budget *budget,
+                                struct message_get *ret_get, struct rk_error *error)
 {
     *ret_get = (struct message_get){.value = wire->value || wire->key.len > 0,
                                     .generation = wire->generation,
@@ -161,5 +168,5 @@ enum rk_status message_get_read(const Redknot__V1__GetItem *wire, struct message
     if (!message_id_read(&wire->fingerprint, &ret_get->fingerprint)) {
         return rk_error_set(error, RK_ERR_INVALID, "a fingerprint has %d bytes", RK_ID_BYTES);
     }
-    return wire->n_extents > 0 ? extents_read(wire, ret_get, error) : RK_OK;
+    return wire->n_extents > 0 ? extents_read(wire, budget, ret_get, error) : RK_OK;
 }

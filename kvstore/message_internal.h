@@ -42,8 +42,16 @@ struct message_get {
     size_t num_extents;
     uint64_t num_pages; /* sum over the extents */
 };
+/* What a whole get may still ask for: items share it, so that many of them cost no more than one.
+ */
+struct message_budget {
+    size_t extents;
+    uint64_t pages;
+};
+struct message_budget message_budget_new(void);
 /* The caller frees the extents, also after an error. */
 RK_MUST_CHECK enum rk_status message_get_read(const Redknot__V1__GetItem *wire,
+                                              struct message_budget *budget,
                                               struct message_get *ret_get, struct rk_error *error);
 
 #endif

@@ -476,15 +476,32 @@ static enum rk_status find(const struct kvstore_shard *shard, const struct messa
     return RK_OK;
 }
 
+/* All pages of what is pinned, out of the budget. */
+static enum rk_status whole_within(const struct kvstore_shard *shard, struct message_budget *budget,
+                                   struct rk_error *error)
+{
+    if (kvstore_shard_pages(shard) > budget->pages) {
+        return rk_error_set(error, RK_ERR_TOO_LONG, "too many pages in one get");
+    }
+    budget->pages -= kvstore_shard_pages(shard);
+    return RK_OK;
+}
+
 /* Pins one item and finds its pages; why not is in the item. */
 static void item_find(struct kvstore_service *service, const Redknot__V1__GetItem *wire,
-                      struct get_hold *hold, struct found_item *item)
+                      struct message_budget *budget, struct get_hold *hold, struct found_item *item)
 {
     struct message_get get;
     const struct kvstore_shard *shard = NULL;
-    item->status = message_get_read(wire, &get, &item->error);
+    item->status = message_get_read(wire, budget, &get, &item->error);
     if (item->status == RK_OK) {
         item->status = pin(service, &get, &shard, &item->error);
+    }
+    if (item->status == RK_OK && get.num_extents == 0) {
+        item->status = whole_within(shard, budget, &item->error);
+        if (item->status != RK_OK) {
+            kvstore_unpin(service->store, shard);
+        }
     }
     if (item->status == RK_OK) {
         uint64_t pages = get.num_extents > 0 ? get.num_pages : kvstore_shard_pages(shard);
@@ -513,8 +530,9 @@ static enum rk_status get_items(struct kvstore_service *service, struct rk_rpc_c
     if (hold && items) {
         hold->store = service->store;
         atomic_init(&hold->refs, 1);
+        struct message_budget budget = message_budget_new();
         for (size_t i = 0; i < count; i++) {
-            item_find(service, request->items[i], hold, &items[i]);
+            item_find(service, request->items[i], &budget, hold, &items[i]);
         }
         status = items_send(service, call, hold, items, count);
         for (size_t i = 0; i < count; i++) {

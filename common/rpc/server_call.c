@@ -5,6 +5,8 @@
 
 #include <stdio.h>
 
+#define STUCK_MS 20 /* so long a batch of a cancelled call may take */
+
 static void call_batch_done(struct rpc_event *event, bool ok)
 {
     struct rpc_batch *batch = (struct rpc_batch *)event;
@@ -129,9 +131,19 @@ static enum rk_status call_failure(struct rk_rpc_call *call)
     return rk_clock_ns() >= call->deadline_ns ? RK_ERR_DEADLINE : RK_ERR_CANCELLED;
 }
 
+/* Whether the batch succeeded. A message that the socket does not take keeps its batch, though the
+ * call is cancelled, until gRPC gives up the connection: no handler waits for that. The batch has a
+ * reference to the call. */
 static bool call_finish(struct rk_rpc_call *call, struct rpc_batch *batch)
 {
-    return rpc_batch_finish(batch, call->call, call->deadline_ns);
+    if (!rpc_batch_wait_until(batch, call->deadline_ns)) {
+        (void)grpc_call_cancel_with_status(call->call, GRPC_STATUS_DEADLINE_EXCEEDED,
+                                           "deadline exceeded", NULL);
+        if (!rpc_batch_wait_until(batch, rk_deadline_in_ms(STUCK_MS))) {
+            return false;
+        }
+    }
+    return batch->ok;
 }
 
 /* A client that broke off looks like one that sent its last message. Opening our
@@ -253,7 +265,9 @@ int64_t rk_rpc_call_deadline_ns(const struct rk_rpc_call *call)
 void rpc_call_end(struct rk_rpc_call *call, enum rk_status status, const char *text)
 {
     /* One final status may follow a message under way, but not overtake it. */
-    (void)call_finish(call, &call->sending);
+    if (!call_finish(call, &call->sending) && status == RK_OK) {
+        status = call_failure(call);
+    }
     if (status == RK_ERR_CANCELLED && rk_clock_ns() >= call->deadline_ns) {
         status = RK_ERR_DEADLINE; /* A handler cannot tell; the client shall not have to guess. */
     }

@@ -3,8 +3,11 @@
 #include "common/rpc/rpc_internal.h"
 
 #include <grpc/byte_buffer_reader.h>
+#include <pthread.h>
 
-#define DEADLINE_SLACK_MS 1000
+#define DEADLINE_SLACK_MS 20 /* gRPC ends a call at its deadline by itself; if not, we do */
+#define STUCK_MS          20 /* so long the batches of a cancelled call may take; then it is stuck */
+#define REAPER_LOOK_MS    100
 #define FINISH_WAIT_MS    2000 /* for the status behind the last message that was read */
 
 struct rk_rpc_stream {
@@ -28,6 +31,7 @@ struct rk_rpc_stream {
     bool sent_all;
     bool recv_started; /* and not waited for yet */
     bool received_all;
+    struct rk_rpc_stream *next; /* of the reaper's */
 };
 
 /* Takes over the request, if there is one. */
@@ -103,9 +107,25 @@ enum rk_status rk_rpc_stream_open_with(struct rk_rpc_channel *channel, const cha
     return stream_open(channel, path, buffer, timeout_ms, ret_stream, error);
 }
 
+/* Whether the batch succeeded. A message that the socket does not take keeps its batch, though the
+ * call is cancelled, until gRPC gives up the connection: nobody waits for that (see the reaper). */
+static bool stream_batch_finish(struct rk_rpc_stream *stream, struct rpc_batch *batch)
+{
+    if (rpc_batch_wait_until(batch, stream->deadline_ns)) {
+        return batch->ok;
+    }
+    (void)grpc_call_cancel_with_status(stream->call, GRPC_STATUS_DEADLINE_EXCEEDED,
+                                       "deadline exceeded", NULL);
+    return rpc_batch_wait_until(batch, rk_deadline_in_ms(STUCK_MS)) && batch->ok;
+}
+
 static enum rk_status stream_outcome(struct rk_rpc_stream *stream, struct rk_error *error)
 {
-    (void)rpc_batch_finish(&stream->ending, stream->call, stream->deadline_ns);
+    (void)stream_batch_finish(stream, &stream->ending);
+    if (stream->ending.pending) {
+        return rk_error_set(error, RK_ERR_DEADLINE, "call %s to %s did not end in time",
+                            stream->path, stream->channel->address);
+    }
     return rpc_call_outcome(stream->channel, stream->path, stream->code, &stream->trailer,
                             &stream->message, error);
 }
@@ -121,7 +141,7 @@ static enum rk_status stream_send_op(struct rk_rpc_stream *stream, const grpc_op
 {
     RK_ASSERT(!stream->sent_all);
     rpc_batch_start(&stream->sending, stream->call, op, 1);
-    bool ok = rpc_batch_finish(&stream->sending, stream->call, stream->deadline_ns);
+    bool ok = stream_batch_finish(stream, &stream->sending);
     return ok ? RK_OK : stream_send_failure(stream);
 }
 
@@ -186,7 +206,10 @@ static grpc_byte_buffer *stream_next(struct rk_rpc_stream *stream)
         return NULL;
     }
     stream_recv_start(stream);
-    (void)rpc_batch_finish(&stream->receiving, stream->call, stream->deadline_ns);
+    (void)stream_batch_finish(stream, &stream->receiving);
+    if (stream->receiving.pending) {
+        return NULL;
+    }
     stream->recv_started = false;
     grpc_byte_buffer *buffer = stream->received;
     stream->received = NULL;
@@ -243,10 +266,12 @@ enum rk_status rk_rpc_stream_finish(struct rk_rpc_stream *stream, struct rk_erro
     }
     if (!stream->received_all) {
         rk_rpc_stream_cancel(stream);
-        (void)rpc_batch_wait_until(&stream->receiving, RK_DEADLINE_NEVER);
+        (void)rpc_batch_wait_until(&stream->receiving, rk_deadline_in_ms(STUCK_MS));
         stream->received_all = true;
     }
-    stream_drop_received(stream);
+    if (!stream->receiving.pending) {
+        stream_drop_received(stream);
+    }
     return stream_outcome(stream, error);
 }
 
@@ -255,16 +280,8 @@ void rk_rpc_stream_cancel(struct rk_rpc_stream *stream)
     (void)grpc_call_cancel(stream->call, NULL);
 }
 
-void rk_rpc_stream_destroy(struct rk_rpc_stream *stream)
+static void stream_free(struct rk_rpc_stream *stream)
 {
-    if (!stream) {
-        return;
-    }
-    /* No effect on a call that is over; else it ends all batches at once. */
-    rk_rpc_stream_cancel(stream);
-    (void)rpc_batch_wait_until(&stream->opening, RK_DEADLINE_NEVER);
-    (void)rpc_batch_wait_until(&stream->ending, RK_DEADLINE_NEVER);
-    (void)rpc_batch_wait_until(&stream->receiving, RK_DEADLINE_NEVER);
     stream_drop_received(stream);
     if (stream->request) {
         grpc_byte_buffer_destroy(stream->request);
@@ -282,4 +299,85 @@ void rk_rpc_stream_destroy(struct rk_rpc_stream *stream)
     rk_free(stream->scratch.data);
     rk_free(stream->path);
     rk_free(stream);
+}
+
+/* All batches of a cancelled call. */
+static bool stream_ended(struct rk_rpc_stream *stream, int64_t deadline_ns)
+{
+    return rpc_batch_wait_until(&stream->opening, deadline_ns) &&
+           rpc_batch_wait_until(&stream->ending, deadline_ns) &&
+           rpc_batch_wait_until(&stream->receiving, deadline_ns) &&
+           rpc_batch_wait_until(&stream->sending, deadline_ns);
+}
+
+/* ---- Streams whose batches have not ended yet ---- */
+
+static pthread_mutex_t reaper_lock = PTHREAD_MUTEX_INITIALIZER; /* Leaf. */
+static struct rk_rpc_stream *reaper_streams;
+static bool reaper_running;
+
+static struct rk_rpc_stream *reaper_take(void)
+{
+    (void)pthread_mutex_lock(&reaper_lock);
+    struct rk_rpc_stream *stream = reaper_streams;
+    if (stream) {
+        reaper_streams = stream->next;
+    } else {
+        reaper_running = false;
+    }
+    (void)pthread_mutex_unlock(&reaper_lock);
+    return stream;
+}
+
+static void reaper_give(struct rk_rpc_stream *stream)
+{
+    (void)pthread_mutex_lock(&reaper_lock);
+    struct rk_rpc_stream **at = &reaper_streams;
+    while (*at) { /* Behind the others. */
+        at = &(*at)->next;
+    }
+    stream->next = NULL;
+    *at = stream;
+    (void)pthread_mutex_unlock(&reaper_lock);
+}
+
+/* Ends when nothing is left. */
+static void *reaper_main(void *context)
+{
+    (void)context;
+    for (struct rk_rpc_stream *stream = reaper_take(); stream; stream = reaper_take()) {
+        if (stream_ended(stream, rk_deadline_in_ms(REAPER_LOOK_MS))) {
+            stream_free(stream);
+        } else {
+            reaper_give(stream);
+        }
+    }
+    return NULL;
+}
+
+static void reap(struct rk_rpc_stream *stream)
+{
+    pthread_t thread;
+    reaper_give(stream);
+    (void)pthread_mutex_lock(&reaper_lock);
+    if (!reaper_running && rpc_thread_create(&thread, reaper_main, NULL) == 0) {
+        (void)pthread_detach(thread);
+        reaper_running = true;
+    } /* Else the next one that is stuck starts it. */
+    (void)pthread_mutex_unlock(&reaper_lock);
+}
+
+void rk_rpc_stream_destroy(struct rk_rpc_stream *stream)
+{
+    if (!stream) {
+        return;
+    }
+    /* No effect on a call that is over; else it ends all batches at once, but for a message that
+     * the socket does not take. */
+    rk_rpc_stream_cancel(stream);
+    if (stream_ended(stream, rk_deadline_in_ms(STUCK_MS))) {
+        stream_free(stream);
+    } else {
+        reap(stream);
+    }
 }

@@ -1,6 +1,6 @@
 /*
  * The gRPC path: bytes are streamed. What arrives is copied once, from gRPC's
- * slices to where it belongs; what leaves is not copied by us.
+ * slices to where it belongs; what leaves is copied once into a message.
  */
 #include "common/transport/grpc_wire_internal.h"
 #include "common/transport/transport_internal.h"
@@ -10,15 +10,10 @@
 #include "common/rpc/rpc.h"
 #include "redknot/v1/kvstore.pb-c.h"
 
-#include <pthread.h>
 #include <string.h>
-#include <time.h>
 
 #define MESSAGE_BYTES (1u << 20) /* of data in one message of a put */
 #define PARTS_MAX     256u
-/* gRPC lets go of a message when the connection that carries it ends at the latest, and its
- * keepalive ends one whose peer is silent well before this. */
-#define RELEASE_TIMEOUT_MS 120000
 
 struct grpc_client {
     struct rk_rpc_channel *channel;
@@ -288,101 +283,39 @@ static void grpc_release(void *connection, struct rk_pages *pages, size_t num_pa
 
 /* ---- Put ---- */
 
-/* Counts the messages whose pages gRPC still reads, for they belong to the caller of put. */
-struct in_flight {
-    pthread_mutex_t lock;
-    pthread_cond_t changed;
-    uint64_t messages;
-};
-
-/* One message: its header bytes, and whom to tell when it is sent. */
-struct message {
-    struct in_flight *in_flight;
-    struct rk_rpc_part parts[1 + PARTS_MAX];
-    uint8_t header[GRPC_CHUNK_HEADER_BYTES];
-};
-
-static void in_flight_init(struct in_flight *in_flight)
+/* The message is a copy: gRPC may hold on to it after the put is over, when the socket takes no
+ * more, and the pages are their owner's again by then. */
+static enum rk_status chunk_send(struct rk_rpc_stream *stream, const struct wire_frame *frame)
 {
-    pthread_condattr_t attributes;
-    *in_flight = (struct in_flight){.messages = 0};
-    RK_ASSERT(pthread_condattr_init(&attributes) == 0);
-    RK_ASSERT(pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC) == 0);
-    RK_ASSERT(pthread_cond_init(&in_flight->changed, &attributes) == 0);
-    (void)pthread_condattr_destroy(&attributes);
-    RK_ASSERT(pthread_mutex_init(&in_flight->lock, NULL) == 0);
-}
-
-/* Returning earlier would let the caller free pages that gRPC still reads. */
-static void in_flight_wait(struct in_flight *in_flight)
-{
-    int64_t deadline_ns = rk_deadline_in_ms(RELEASE_TIMEOUT_MS);
-    struct timespec until = {.tv_sec = deadline_ns / 1000000000,
-                             .tv_nsec = deadline_ns % 1000000000};
-    (void)pthread_mutex_lock(&in_flight->lock);
-    while (in_flight->messages > 0) {
-        int rc = pthread_cond_timedwait(&in_flight->changed, &in_flight->lock, &until);
-        RK_ASSERT(rc == 0 || in_flight->messages == 0);
-    }
-    (void)pthread_mutex_unlock(&in_flight->lock);
-    (void)pthread_mutex_destroy(&in_flight->lock);
-    (void)pthread_cond_destroy(&in_flight->changed);
-}
-
-static void message_released(void *context)
-{
-    struct message *message = context;
-    struct in_flight *in_flight = message->in_flight;
-    rk_free(message);
-    (void)pthread_mutex_lock(&in_flight->lock);
-    in_flight->messages--;
-    (void)pthread_cond_signal(&in_flight->changed);
-    (void)pthread_mutex_unlock(&in_flight->lock);
-}
-
-static enum rk_status chunk_send(struct rk_rpc_stream *stream, const struct wire_frame *frame,
-                                 struct in_flight *in_flight)
-{
-    struct message *message = rk_alloc(sizeof(*message));
+    uint8_t *message = rk_alloc(GRPC_CHUNK_HEADER_BYTES + frame->bytes);
     if (!message) {
         return RK_ERR_NO_MEMORY;
     }
-    message->in_flight = in_flight;
-    message->parts[0].data = message->header;
-    message->parts[0].bytes =
-        grpc_chunk_header(frame->checksums, frame->num_checksums, frame->bytes, message->header);
+    size_t bytes = grpc_chunk_header(frame->checksums, frame->num_checksums, frame->bytes, message);
     for (size_t i = 0; i < frame->num_parts; i++) {
-        message->parts[1 + i] =
-            (struct rk_rpc_part){frame->parts[i].iov_base, frame->parts[i].iov_len};
+        memcpy(message + bytes, frame->parts[i].iov_base, frame->parts[i].iov_len);
+        bytes += frame->parts[i].iov_len;
     }
-    (void)pthread_mutex_lock(&in_flight->lock);
-    in_flight->messages++;
-    (void)pthread_mutex_unlock(&in_flight->lock);
-    return rk_rpc_stream_send_parts(stream, message->parts, 1 + frame->num_parts, message_released,
-                                    message);
-}
-
-static void nothing_to_release(void *context)
-{
-    (void)context;
+    const struct rk_rpc_part part = {message, bytes};
+    return rk_rpc_stream_send_parts(stream, &part, 1, rk_free, message);
 }
 
 static enum rk_status put_send(struct rk_rpc_stream *stream, const struct rk_put *puts,
-                               size_t num_puts, struct wire_buffer *items,
-                               struct in_flight *in_flight)
+                               size_t num_puts)
 {
     struct wire_outflow outflow = {.puts = puts, .num_puts = num_puts};
     struct iovec parts[PARTS_MAX];
     struct wire_frame frame = {.parts = parts, .parts_max = PARTS_MAX};
-    grpc_items_append(items, puts, num_puts);
-    if (items->failed) {
+    struct wire_buffer items = {.bytes = 0};
+    grpc_items_append(&items, puts, num_puts);
+    if (items.failed) {
+        rk_free(items.data);
         return RK_ERR_NO_MEMORY;
     }
-    const struct rk_rpc_part head = {items->data, items->bytes};
-    /* It stays until the whole put is over. */
-    enum rk_status status = rk_rpc_stream_send_parts(stream, &head, 1, nothing_to_release, NULL);
+    const struct rk_rpc_part head = {items.data, items.bytes};
+    enum rk_status status = rk_rpc_stream_send_parts(stream, &head, 1, rk_free, items.data);
     while (status == RK_OK && wire_outflow_next(&outflow, MESSAGE_BYTES, &frame)) {
-        status = chunk_send(stream, &frame, in_flight);
+        status = chunk_send(stream, &frame);
     }
     return status == RK_OK ? rk_rpc_stream_send_done(stream) : status;
 }
@@ -416,15 +349,12 @@ static enum rk_status grpc_put(void *connection, struct rk_put *puts, size_t num
 {
     struct grpc_client *client = connection;
     struct rk_rpc_stream *stream = NULL;
-    struct wire_buffer items = {.bytes = 0};
-    struct in_flight in_flight;
     enum rk_status status = rk_rpc_stream_open(client->channel, "/redknot.v1.KvStore/Put",
                                                rk_deadline_left_ms(deadline_ns), &stream, error);
     if (status != RK_OK) {
         return status;
     }
-    in_flight_init(&in_flight);
-    status = put_send(stream, puts, num_puts, &items, &in_flight);
+    status = put_send(stream, puts, num_puts);
     bool answered = false;
     if (status == RK_OK) {
         status = results_recv(stream, puts, num_puts, error);
@@ -439,8 +369,6 @@ static enum rk_status grpc_put(void *connection, struct rk_put *puts, size_t num
         status = rk_error_set(error, RK_ERR_UNAVAILABLE, "the store did not answer a put");
     }
     rk_rpc_stream_destroy(stream);
-    in_flight_wait(&in_flight);
-    rk_free(items.data);
     return status;
 }
 

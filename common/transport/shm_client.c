@@ -33,6 +33,7 @@
 struct shm_client {
     int fd;
     bool broken; /* out of step with the store: no more requests */
+    struct spin spin;
     uint32_t request_id;
     const uint8_t *arena;
     uint64_t arena_bytes;
@@ -52,16 +53,16 @@ static enum rk_status lost(struct shm_client *client, struct rk_error *error, co
 }
 
 /* RK_OK: ready. RK_MISS_DEADLINE. */
-static enum rk_status wait_for(int fd, short events, int64_t deadline_ns)
+static enum rk_status wait_for(struct shm_client *client, short events, int64_t deadline_ns)
 {
-    struct spin spin;
-    spin_begin(&spin);
+    spin_begin(&client->spin);
     for (;;) {
-        struct pollfd poll_fd = {.fd = fd, .events = events};
+        struct pollfd poll_fd = {.fd = client->fd, .events = events};
         int left_ms = rk_deadline_left_ms(deadline_ns);
-        int ready = poll(&poll_fd, 1, left_ms > 0 && spin_again(&spin) ? 0 : left_ms);
+        int ready = poll(&poll_fd, 1, left_ms > 0 && spin_again(&client->spin) ? 0 : left_ms);
         if (ready > 0) {
-            return RK_OK; /* Also for an end or an error: the next call tells which. */
+            spin_begin(&client->spin); /* It was not in vain. */
+            return RK_OK;              /* Also for an end or an error: the next call tells which. */
         }
         if (rk_deadline_left_ms(deadline_ns) == 0) {
             return RK_MISS_DEADLINE;
@@ -79,7 +80,7 @@ static enum rk_status send_all(struct shm_client *client, const void *data, size
         if (sent >= 0) {
             done += (size_t)sent;
         } else if (errno == EAGAIN) {
-            if (wait_for(client->fd, POLLOUT, deadline_ns) != RK_OK) {
+            if (wait_for(client, POLLOUT, deadline_ns) != RK_OK) {
                 if (done > 0) {
                     client->broken = true;
                     return rk_error_set(error, RK_ERR_DEADLINE, "the store stopped in a request");
@@ -132,7 +133,7 @@ static enum rk_status frame_recv(struct shm_client *client, int64_t deadline_ns,
         } else if (got == 0) {
             return lost(client, error, "the store closed the connection");
         } else if (errno == EAGAIN) {
-            status = wait_for(client->fd, POLLIN, deadline_ns);
+            status = wait_for(client, POLLIN, deadline_ns);
             if (status != RK_OK) {
                 return status;
             }
@@ -217,7 +218,7 @@ static enum rk_status hello_recv(struct shm_client *client, int64_t deadline_ns,
                              .msg_iovlen = 1,
                              .msg_control = control.bytes,
                              .msg_controllen = sizeof(control.bytes)};
-    if (wait_for(client->fd, POLLIN, deadline_ns) != RK_OK) {
+    if (wait_for(client, POLLIN, deadline_ns) != RK_OK) {
         return lost(client, error, "the store does not answer in time");
     }
     ssize_t got = recvmsg(client->fd, &message, MSG_CMSG_CLOEXEC);

@@ -22,6 +22,8 @@
 #include "common/base/kv_layout.h"
 #include "common/base/status.h"
 
+#include <stdbool.h>
+
 #define RK_TRANSPORT_ITEMS_MAX 256 /* of one batch */
 
 /* Values are those of redknot.v1.Path and redknot.v1.Tier. */
@@ -199,6 +201,7 @@ struct rk_ucx_server_options {
     const void *arena;        /* borrowed until stop */
     uint32_t connections_max; /* 0: 256 */
     uint32_t requests_max;    /* gets and puts under way, per connection; 0: 64 */
+    bool rendezvous;          /* for large pieces also over tcp; elsewhere it is always used */
     const struct rk_transport_store_ops *ops;
     void *context;
 };

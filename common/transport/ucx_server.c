@@ -339,14 +339,14 @@ static void on_frame_sent(void *request, ucs_status_t status, void *context)
     sent(frame->get, status);
 }
 
-/* Whether the next bytes are so many in one piece that the handshake of a rendezvous, which brings
- * them to their place without a copy, is worth it. Then how many: whole pages. */
+/* Where the transport can write from afar: whether the next bytes are so many in one piece that the
+ * handshake of a rendezvous is worth it. Then how many: whole pages. */
 static size_t rendezvous_bytes(const struct get *get)
 {
     const struct run *run = &get->runs[get->run];
     uint64_t left = run->bytes - get->run_done;
-    if (left < UCX_RENDEZVOUS_MIN || run->page_bytes > UCX_RENDEZVOUS_BYTES ||
-        get->run_done % run->page_bytes != 0) {
+    if (!get->connection->server->options.rendezvous || left < UCX_RENDEZVOUS_BYTES ||
+        run->page_bytes > UCX_RENDEZVOUS_BYTES || get->run_done % run->page_bytes != 0) {
         return 0;
     }
     uint64_t most = UCX_RENDEZVOUS_BYTES - UCX_RENDEZVOUS_BYTES % run->page_bytes;
@@ -835,6 +835,7 @@ enum rk_status rk_ucx_server_start(const struct rk_ucx_server_options *options,
     server->options = *options;
     server->options.connections_max = options->connections_max > 0 ? options->connections_max : 256;
     server->options.requests_max = options->requests_max > 0 ? options->requests_max : 64;
+    server->options.rendezvous = options->rendezvous || ucx_one_sided();
     server->wake_fd = -1;
     enum rk_status status = server_set_up(server, error);
     if (status == RK_OK && pthread_create(&server->thread, NULL, server_thread, server) != 0) {

@@ -16,6 +16,9 @@
 #include <string.h>
 #include <unistd.h>
 
+/* A list, such as "rc,tcp", for networks with RDMA. */
+#define TRANSPORTS_ENV "REDKNOT_UCX_TLS"
+
 /* ---- The library ---- */
 
 static struct ucx_api api;
@@ -30,6 +33,8 @@ static void api_load(void)
     (void)setenv("UCX_MEM_EVENTS", "n", 0);
     (void)setenv("UCX_LOG_LEVEL", "fatal", 0);
     (void)setenv("UCX_WARN_UNUSED_ENV_VARS", "n", 0);
+    /* A store that restarts finds its port in the state TIME_WAIT. */
+    (void)setenv("UCX_TCP_CM_REUSEADDR", "y", 0);
     void *library = dlopen("libucp.so.0", RTLD_NOW | RTLD_LOCAL);
     if (!library) {
         (void)snprintf(api_missing, sizeof(api_missing), "%s", dlerror());
@@ -155,6 +160,12 @@ static bool address_is_any(const struct ucx_address *address)
 
 /* ---- Worker ---- */
 
+bool ucx_one_sided(void)
+{
+    const char *transports = getenv(TRANSPORTS_ENV);
+    return transports && transports[0] != '\0' && strcmp(transports, "tcp") != 0;
+}
+
 static ucs_status_t context_create(const struct ucx_address *address, ucp_context_h *ret_context)
 {
     char device[IF_NAMESIZE];
@@ -165,20 +176,13 @@ static ucs_status_t context_create(const struct ucx_address *address, ucp_contex
     if (result != UCS_OK) {
         return result;
     }
-    /* Another list, such as "rc,tcp", is for networks with RDMA: rendezvous is one-sided there, and
-     * the adapter protects the memory. Its devices are not those that have addresses. */
-    const char *transports = getenv("REDKNOT_UCX_TLS");
-    bool tcp_only = !transports || transports[0] == '\0';
+    const char *transports = getenv(TRANSPORTS_ENV);
+    bool tcp_only = !ucx_one_sided();
     result = api.ucp_config_modify(config, "TLS", tcp_only ? "tcp" : transports);
+    /* An RDMA adapter is not the device that has the address. */
     if (result == UCS_OK && tcp_only && !address_is_any(address) &&
         device_towards(address, device)) {
         result = api.ucp_config_modify(config, "NET_DEVICES", device);
-    }
-    if (result == UCS_OK) {
-        result = api.ucp_config_modify(config, "TCP_RX_SEG_SIZE", UCX_SEGMENT);
-    }
-    if (result == UCS_OK) {
-        result = api.ucp_config_modify(config, "TCP_MAX_IOV", UCX_IOV_MAX);
     }
     if (result == UCS_OK) {
         result = api.ucp_init_version(UCP_API_MAJOR, UCP_API_MINOR, &params, config, ret_context);

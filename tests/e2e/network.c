@@ -190,7 +190,8 @@ void network_cut(const struct network *network, enum network_cut cut)
     if (cut == NETWORK_LINK_DOWN) {
         command("ip -n %s link set " DEVICE " down", network->server_side);
     } else {
-        command("ip netns exec %s iptables -w -A INPUT -j DROP", network->server_side);
+        command("ip netns exec %s iptables -w -A INPUT -i " DEVICE " -j DROP",
+                network->server_side);
     }
 }
 
@@ -199,7 +200,8 @@ void network_mend(const struct network *network, enum network_cut cut)
     if (cut == NETWORK_LINK_DOWN) {
         command("ip -n %s link set " DEVICE " up", network->server_side);
     } else {
-        command("ip netns exec %s iptables -w -D INPUT -j DROP", network->server_side);
+        command("ip netns exec %s iptables -w -D INPUT -i " DEVICE " -j DROP",
+                network->server_side);
     }
 }
 

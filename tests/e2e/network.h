@@ -33,7 +33,7 @@ bool network_enter(const char *name);
 
 enum network_cut {
     NETWORK_LINK_DOWN, /* the server's device is down */
-    NETWORK_DROP,      /* the server's side drops all that arrives, and says nothing */
+    NETWORK_DROP,      /* the server's side drops what arrives over it, and says nothing */
 };
 void network_cut(const struct network *network, enum network_cut cut);
 void network_mend(const struct network *network, enum network_cut cut);

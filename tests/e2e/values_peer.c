@@ -2,6 +2,7 @@
  * A client that test_network.c kills in the middle of what it does:
  *   values_peer COORDINATOR PATH get BYTES   puts one value, then gets it again and again
  *   values_peer COORDINATOR PATH put BYTES   puts one value after the other
+ *   values_peer COORDINATOR PATH once BYTES  puts one value and gets it; 0: both worked
  */
 #include "client/values.h"
 #include "common/base/alloc.h"
@@ -30,7 +31,7 @@ int main(int argc, char **argv)
 {
     struct rk_values *values = NULL;
     if (argc != 5) {
-        (void)fprintf(stderr, "usage: values_peer COORDINATOR PATH get|put BYTES\n");
+        (void)fprintf(stderr, "usage: values_peer COORDINATOR PATH get|put|once BYTES\n");
         return 2;
     }
     const struct rk_values_options options = {.coordinator = argv[1], .path = argv[2]};
@@ -41,6 +42,12 @@ int main(int argc, char **argv)
     }
     value_fill(1, data, bytes);
     int good = put(values, 0, data, bytes);
+    if (strcmp(argv[3], "once") == 0) {
+        good = good && get(values, data, bytes) && value_compare(1, data, bytes) == bytes;
+        rk_values_destroy(values);
+        rk_free(data);
+        return good ? 0 : 1;
+    }
     for (unsigned i = 1; good; i++) {
         good = strcmp(argv[3], "get") == 0 ? get(values, data, bytes) : put(values, i, data, bytes);
     }

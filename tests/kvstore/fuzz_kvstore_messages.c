@@ -146,7 +146,8 @@ static void get(struct kvstore *store, struct input *input)
     if (!message) {
         return;
     }
-    if (message_get_read((const void *)message, &get, NULL) == RK_OK) {
+    struct message_budget budget = message_budget_new();
+    if (message_get_read((const void *)message, &budget, &get, NULL) == RK_OK) {
         const struct kvstore_name name = {
             .segment_id = get.id, .generation = get.generation, .shard_index = get.shard_index};
         enum rk_status status = get.value ? kvstore_pin_value(store, &get.id, &shard)

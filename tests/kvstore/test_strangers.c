@@ -737,7 +737,7 @@ static void grpc_gets_that_lie(void **state)
 static void grpc_get_of_many_items(void **state)
 {
     (void)state;
-    enum { ITEMS = 4 };
+    enum { ITEMS = 64 };
     static struct rk_extent many[EXTENTS];
     struct wire_buffer message = {.bytes = 0};
     enum rk_status status = RK_OK;

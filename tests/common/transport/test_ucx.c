@@ -37,8 +37,8 @@ static struct arena arena;
 static int set_up(void **state)
 {
     struct rk_error error = {.text = ""};
-    (void)state;
-    if (arena_serve(&arena, &error) != RK_OK) {
+    bool rendezvous = *state != NULL;
+    if (arena_serve(&arena, rendezvous, &error) != RK_OK) {
         fail_msg("%s", error.text);
     }
     return 0;
@@ -509,8 +509,14 @@ int main(void)
 {
     rk_log_init("test", RK_LOG_LEVEL_ERROR);
 #define WITH_SERVER(test) cmocka_unit_test_setup_teardown(test, set_up, tear_down)
+#define WITH_RENDEZVOUS(test)                                                                      \
+    cmocka_unit_test_prestate_setup_teardown(test, set_up, tear_down, &arena)
     const struct CMUnitTest tests[] = {
         WITH_SERVER(bytes_are_those_of_the_store),
+        WITH_RENDEZVOUS(bytes_are_those_of_the_store),
+        WITH_RENDEZVOUS(a_batch_is_one_round_trip),
+        WITH_RENDEZVOUS(damage_on_the_way_is_a_miss),
+        WITH_RENDEZVOUS(a_killed_reader_lets_go),
         WITH_SERVER(misses_and_errors_carry_their_reason),
         WITH_SERVER(a_batch_is_one_round_trip),
         WITH_SERVER(damage_on_the_way_is_a_miss),

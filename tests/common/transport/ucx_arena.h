@@ -14,7 +14,8 @@ struct arena {
     struct rk_ucx_server *server;
 };
 
-static inline enum rk_status arena_serve(struct arena *arena, struct rk_error *error)
+static inline enum rk_status arena_serve(struct arena *arena, bool rendezvous,
+                                         struct rk_error *error)
 {
     arena->pages.page_bytes = PAGE_BYTES;
     arena->pages.num_pages = NUM_PAGES;
@@ -27,6 +28,7 @@ static inline enum rk_status arena_serve(struct arena *arena, struct rk_error *e
     const struct rk_ucx_server_options options = {.listen = "127.0.0.1:0",
                                                   .arena = arena->pages.bytes,
                                                   .connections_max = CONNECTIONS,
+                                                  .rendezvous = rendezvous,
                                                   .ops = &pinned_pages_ops,
                                                   .context = &arena->pages};
     return rk_ucx_server_start(&options, &arena->server, error);

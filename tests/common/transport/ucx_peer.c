@@ -17,7 +17,7 @@ static int serve(void)
 {
     static struct arena arena;
     struct rk_error error = {.text = ""};
-    if (arena_serve(&arena, &error) != RK_OK) {
+    if (arena_serve(&arena, false, &error) != RK_OK) {
         (void)fprintf(stderr, "ucx_peer: %s\n", error.text);
         return 1;
     }
