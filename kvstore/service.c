@@ -12,6 +12,7 @@
 
 #define MESSAGE_BYTES 1048576u /* of data in one message of a get */
 #define PARTS_MAX     256u
+#define GET_BYTES_MAX (2u << 20) /* all extents and items that a get may have fit into it */
 
 /* ---- Put ---- */
 
@@ -759,14 +760,14 @@ const struct rk_transport_store_ops kvstore_service_store_ops = {.pin = path_pin
 /* ---- Set-up ---- */
 
 static const struct rk_rpc_method methods[] = {
-    {"/redknot.v1.KvStore/Put", handle_put},
-    {"/redknot.v1.KvStore/CommitShard", handle_commit_shard},
-    {"/redknot.v1.KvStore/AbortShard", handle_abort_shard},
-    {"/redknot.v1.KvStore/DropShard", handle_drop_shard},
-    {"/redknot.v1.KvStore/Get", handle_get},
-    {"/redknot.v1.KvStore/HasValues", handle_has_values},
-    {"/redknot.v1.KvStore/DropValues", handle_drop_values},
-    {"/redknot.v1.KvStore/StoreStatus", handle_store_status},
+    {.path = "/redknot.v1.KvStore/Put", .handler = handle_put},
+    {.path = "/redknot.v1.KvStore/CommitShard", .handler = handle_commit_shard},
+    {.path = "/redknot.v1.KvStore/AbortShard", .handler = handle_abort_shard},
+    {.path = "/redknot.v1.KvStore/DropShard", .handler = handle_drop_shard},
+    {.path = "/redknot.v1.KvStore/Get", .handler = handle_get, .request_bytes_max = GET_BYTES_MAX},
+    {.path = "/redknot.v1.KvStore/HasValues", .handler = handle_has_values},
+    {.path = "/redknot.v1.KvStore/DropValues", .handler = handle_drop_values},
+    {.path = "/redknot.v1.KvStore/StoreStatus", .handler = handle_store_status},
 };
 
 enum rk_status kvstore_service_attach(struct kvstore_service *service, struct rk_rpc_server *server)

@@ -89,8 +89,8 @@ static enum rk_status health_watch(struct rk_rpc_call *call, void *context, stru
 enum rk_status rpc_health_add(struct rk_rpc_server *server)
 {
     static const struct rk_rpc_method methods[] = {
-        {"/grpc.health.v1.Health/Check", health_check},
-        {"/grpc.health.v1.Health/Watch", health_watch},
+        {.path = "/grpc.health.v1.Health/Check", .handler = health_check},
+        {.path = "/grpc.health.v1.Health/Watch", .handler = health_watch},
     };
     return rk_rpc_server_add_service(server, "grpc.health.v1.Health", methods,
                                      sizeof(methods) / sizeof(methods[0]), server);

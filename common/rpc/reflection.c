@@ -178,9 +178,11 @@ static enum rk_status reflection_info(struct rk_rpc_call *call, void *context,
 enum rk_status rpc_reflection_add(struct rk_rpc_server *server)
 {
     static const struct rk_rpc_method v1[] = {
-        {"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", reflection_info}};
+        {.path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+         .handler = reflection_info}};
     static const struct rk_rpc_method v1alpha[] = {
-        {"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", reflection_info}};
+        {.path = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+         .handler = reflection_info}};
     enum rk_status status =
         rk_rpc_server_add_service(server, "grpc.reflection.v1.ServerReflection", v1, 1, server);
     if (status == RK_OK) {

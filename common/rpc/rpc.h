@@ -38,6 +38,7 @@ typedef enum rk_status (*rk_rpc_handler)(struct rk_rpc_call *call, void *context
 struct rk_rpc_method {
     const char *path; /* "/redknot.v1.KvStore/PutShard"; kept by pointer */
     rk_rpc_handler handler;
+    size_t request_bytes_max; /* of one message, unpacked only within it; 0: as above */
 };
 
 struct rk_rpc_server_options {

@@ -334,6 +334,7 @@ enum rk_status rk_rpc_server_add_service(struct rk_rpc_server *server, const cha
         server->methods[server->num_methods++] =
             (struct rpc_method){.path = methods[i].path,
                                 .handler = methods[i].handler,
+                                .request_bytes_max = methods[i].request_bytes_max,
                                 .context = context,
                                 .reply_is_single = symbol && symbol->reply_is_single};
     }

@@ -175,8 +175,11 @@ enum rk_status rk_rpc_call_recv(struct rk_rpc_call *call,
     grpc_byte_buffer *buffer = call->received;
     call->received = NULL;
     call->recv_started = false;
+    size_t bytes_max = call->method->request_bytes_max;
     enum rk_status status;
-    if (ok && buffer) {
+    if (ok && buffer && bytes_max > 0 && grpc_byte_buffer_length(buffer) > bytes_max) {
+        status = RK_ERR_TOO_LONG;
+    } else if (ok && buffer) {
         status = rpc_message_unpack(buffer, type, &call->scratch, ret_message);
     } else {
         status = ok ? call_end_of_requests(call) : call_failure(call);

@@ -17,6 +17,7 @@ struct rpc_method {
     const char *path;
     rk_rpc_handler handler;
     void *context;
+    size_t request_bytes_max;
     bool reply_is_single; /* known to be no stream: the reply leaves together with the status */
 };
 

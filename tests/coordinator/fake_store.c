@@ -63,9 +63,9 @@ static enum rk_status drop(struct rk_rpc_call *call, void *context, struct rk_er
 void fake_store_start(struct fake_store *store)
 {
     static const struct rk_rpc_method methods[] = {
-        {"/redknot.v1.KvStore/CommitShard", commit},
-        {"/redknot.v1.KvStore/AbortShard", abort_shard},
-        {"/redknot.v1.KvStore/DropShard", drop},
+        {.path = "/redknot.v1.KvStore/CommitShard", .handler = commit},
+        {.path = "/redknot.v1.KvStore/AbortShard", .handler = abort_shard},
+        {.path = "/redknot.v1.KvStore/DropShard", .handler = drop},
     };
     struct rk_rpc_server_options options = {.address = "127.0.0.1:0"};
     struct rk_error error = {0};

@@ -130,9 +130,9 @@ static enum rk_status handle_heartbeat(struct rk_rpc_call *call, void *context,
 static struct rk_rpc_server *coordinator_start(const char *address)
 {
     static const struct rk_rpc_method methods[] = {
-        {"/redknot.v1.Coordinator/RegisterNode", handle_register},
-        {"/redknot.v1.Coordinator/Announce", handle_announce},
-        {"/redknot.v1.Coordinator/Heartbeat", handle_heartbeat},
+        {.path = "/redknot.v1.Coordinator/RegisterNode", .handler = handle_register},
+        {.path = "/redknot.v1.Coordinator/Announce", .handler = handle_announce},
+        {.path = "/redknot.v1.Coordinator/Heartbeat", .handler = handle_heartbeat},
     };
     const struct rk_rpc_server_options options = {.address = address};
     struct rk_rpc_server *server = NULL;

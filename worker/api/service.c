@@ -643,11 +643,11 @@ static enum rk_status handle_status(struct rk_rpc_call *call, void *context, str
 }
 
 static const struct rk_rpc_method methods[] = {
-    {"/redknot.v1.Worker/PutSegment", handle_put},
-    {"/redknot.v1.Worker/Generate", handle_generate},
-    {"/redknot.v1.Worker/Score", handle_score},
-    {"/redknot.v1.Worker/Tokenize", handle_tokenize},
-    {"/redknot.v1.Worker/WorkerStatus", handle_status},
+    {.path = "/redknot.v1.Worker/PutSegment", .handler = handle_put},
+    {.path = "/redknot.v1.Worker/Generate", .handler = handle_generate},
+    {.path = "/redknot.v1.Worker/Score", .handler = handle_score},
+    {.path = "/redknot.v1.Worker/Tokenize", .handler = handle_tokenize},
+    {.path = "/redknot.v1.Worker/WorkerStatus", .handler = handle_status},
 };
 
 enum rk_status api_add_to_server(struct api *api, struct rk_rpc_server *server)

@@ -174,8 +174,9 @@ static enum rk_status echo_big(struct rk_rpc_call *call, void *context, struct r
 }
 
 const struct rk_rpc_method echo_methods[] = {
-    {ECHO_UNARY, echo_unary},   {ECHO_PLAIN, echo_unary}, {ECHO_STATUS, echo_status},
-    {ECHO_COUNT, echo_count},   {ECHO_BIDI, echo_bidi},   {ECHO_HANG, echo_hang},
-    {ECHO_UPLOAD, echo_upload}, {ECHO_BIG, echo_big},
+    {.path = ECHO_UNARY, .handler = echo_unary},   {.path = ECHO_PLAIN, .handler = echo_unary},
+    {.path = ECHO_STATUS, .handler = echo_status}, {.path = ECHO_COUNT, .handler = echo_count},
+    {.path = ECHO_BIDI, .handler = echo_bidi},     {.path = ECHO_HANG, .handler = echo_hang},
+    {.path = ECHO_UPLOAD, .handler = echo_upload}, {.path = ECHO_BIG, .handler = echo_big},
 };
 const size_t echo_num_methods = sizeof(echo_methods) / sizeof(echo_methods[0]);
