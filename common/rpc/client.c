@@ -10,39 +10,6 @@
 #define KEEPALIVE_MS      10000
 #define DEADLINE_SLACK_MS 1000 /* gRPC's own deadline goes first: it knows the better reason */
 
-/* One loop for all channels, there while there is one. */
-static struct {
-    pthread_mutex_t mutex;
-    unsigned users;
-    struct rpc_loop loop;
-} client_io = {.mutex = PTHREAD_MUTEX_INITIALIZER};
-
-static enum rk_status client_io_acquire(void)
-{
-    enum rk_status status = RK_OK;
-    pthread_mutex_lock(&client_io.mutex);
-    if (client_io.users == 0) {
-        rpc_loop_create(&client_io.loop);
-        status = rpc_loop_start(&client_io.loop);
-        if (status != RK_OK) {
-            rpc_loop_destroy(&client_io.loop);
-        }
-    }
-    client_io.users += status == RK_OK ? 1 : 0;
-    pthread_mutex_unlock(&client_io.mutex);
-    return status;
-}
-
-static void client_io_release(void)
-{
-    pthread_mutex_lock(&client_io.mutex);
-    client_io.users--;
-    if (client_io.users == 0) {
-        rpc_loop_destroy(&client_io.loop);
-    }
-    pthread_mutex_unlock(&client_io.mutex);
-}
-
 static grpc_channel *channel_open(const char *address)
 {
     static const struct rpc_setting settings[] = {
@@ -78,32 +45,19 @@ enum rk_status rk_rpc_channel_create(const char *address, struct rk_rpc_channel 
         return rk_error_set(error, RK_ERR_INVALID, "address \"%s\" is not of the form host:port",
                             address);
     }
-    enum rk_status status = client_io_acquire();
-    if (status != RK_OK) {
-        return rk_error_set(error, status, "cannot start the thread for rpc clients");
-    }
     struct rk_rpc_channel *channel = rk_alloc_zero(1, sizeof(*channel));
-    if (channel) {
-        atomic_init(&channel->refs, 1);
-        channel->loop = &client_io.loop;
-        channel->address = rk_alloc_string(address);
+    char *copy = rk_alloc_string(address);
+    if (!channel || !copy) {
+        rk_free(channel);
+        rk_free(copy);
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "out of memory for a channel to %s", address);
     }
-    if (!channel || !channel->address) {
-        status =
-            rk_error_set(error, RK_ERR_NO_MEMORY, "out of memory for a channel to %s", address);
-        goto fail;
-    }
+    rpc_library_start();
+    atomic_init(&channel->refs, 1);
+    channel->address = copy;
     channel->channel = channel_open(address);
     *ret_channel = channel;
     return RK_OK;
-
-fail:
-    if (channel) {
-        rpc_channel_unref(channel);
-    } else {
-        client_io_release();
-    }
-    return status;
 }
 
 void rpc_channel_ref(struct rk_rpc_channel *channel)
@@ -116,12 +70,10 @@ void rpc_channel_unref(struct rk_rpc_channel *channel)
     if (atomic_fetch_sub(&channel->refs, 1) != 1) {
         return;
     }
-    if (channel->channel) {
-        grpc_channel_destroy(channel->channel);
-    }
+    grpc_channel_destroy(channel->channel);
     rk_free(channel->address);
     rk_free(channel);
-    client_io_release();
+    grpc_shutdown();
 }
 
 void rk_rpc_channel_destroy(struct rk_rpc_channel *channel)
@@ -167,6 +119,7 @@ struct unary {
     struct rpc_sync sync;
     struct rpc_batch batch;
     grpc_call *call;
+    grpc_completion_queue *queue; /* of this call alone, worked by its thread */
     grpc_metadata_array initial;
     grpc_metadata_array trailer;
     grpc_status_code code;
@@ -179,9 +132,9 @@ static void unary_run(struct unary *unary, struct rk_rpc_channel *channel, const
 {
     grpc_slice method = grpc_slice_from_copied_string(path);
     int64_t deadline_ns = rk_deadline_in_ms((int64_t)timeout_ms + DEADLINE_SLACK_MS);
-    unary->call = grpc_channel_create_call(channel->channel, NULL, GRPC_PROPAGATE_DEFAULTS,
-                                           channel->loop->queue, method, NULL,
-                                           rpc_timespec_in_ms(timeout_ms), NULL);
+    unary->call =
+        grpc_channel_create_call(channel->channel, NULL, GRPC_PROPAGATE_DEFAULTS, unary->queue,
+                                 method, NULL, rpc_timespec_in_ms(timeout_ms), NULL);
     grpc_slice_unref(method);
     grpc_op ops[] = {
         {.op = GRPC_OP_SEND_INITIAL_METADATA},
@@ -196,6 +149,7 @@ static void unary_run(struct unary *unary, struct rk_rpc_channel *channel, const
                                         .status_details = &unary->message}},
     };
     rpc_batch_init(&unary->batch, &unary->sync);
+    unary->batch.pluck = unary->queue;
     rpc_batch_start(&unary->batch, unary->call, ops, sizeof(ops) / sizeof(ops[0]));
     (void)rpc_batch_finish(&unary->batch, unary->call, deadline_ns);
 }
@@ -235,6 +189,7 @@ enum rk_status rk_rpc_unary(struct rk_rpc_channel *channel, const char *path,
                             rk_status_text(status));
     }
     struct unary unary = {.message = grpc_empty_slice()};
+    unary.queue = grpc_completion_queue_create_for_pluck(NULL);
     rpc_sync_init(&unary.sync);
     grpc_metadata_array_init(&unary.initial);
     grpc_metadata_array_init(&unary.trailer);
@@ -249,6 +204,7 @@ enum rk_status rk_rpc_unary(struct rk_rpc_channel *channel, const char *path,
     grpc_metadata_array_destroy(&unary.initial);
     grpc_metadata_array_destroy(&unary.trailer);
     grpc_call_unref(unary.call);
+    rpc_queue_destroy(unary.queue);
     rpc_sync_destroy(&unary.sync);
     return status;
 }

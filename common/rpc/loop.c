@@ -43,8 +43,11 @@ static void log_line(gpr_log_func_args *args)
     RK_LOG_DEBUG("grpc", "text=%q", args->message);
 }
 
-void rpc_loop_create(struct rpc_loop *loop)
+void rpc_library_start(void)
 {
+    /* Read by gRPC's first start. Between calls nobody works our channels: so often a dead
+     * connection is noticed all the same, and the next call finds a fresh one. */
+    (void)setenv("GRPC_CLIENT_CHANNEL_BACKUP_POLL_INTERVAL_MS", "100", 0);
     if (getenv("GRPC_VERBOSITY") == NULL) { /* Set by whoever wants to see them all. */
         gpr_set_log_function(log_line);
     }
@@ -55,6 +58,11 @@ void rpc_loop_create(struct rpc_loop *loop)
     pthread_sigmask(SIG_SETMASK, &all, &before);
     grpc_init();
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+void rpc_loop_create(struct rpc_loop *loop)
+{
+    rpc_library_start();
     loop->queue = grpc_completion_queue_create_for_next(NULL);
     loop->running = false;
 }
@@ -162,6 +170,13 @@ void rpc_batch_start(struct rpc_batch *batch, grpc_call *call, const grpc_op *op
     RPC_TSAN_RELEASE(&batch->event);
     grpc_call_error failure = grpc_call_start_batch(call, ops, num_ops, &batch->event, NULL);
     RK_ASSERT(failure == GRPC_CALL_OK); /* Anything else is a wrong use of gRPC. */
+}
+
+void rpc_queue_destroy(grpc_completion_queue *queue)
+{
+    grpc_completion_queue_shutdown(queue);
+    (void)grpc_completion_queue_pluck(queue, NULL, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
+    grpc_completion_queue_destroy(queue);
 }
 
 /* The waiting thread does gRPC's work meanwhile. */

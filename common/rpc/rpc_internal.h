@@ -1,10 +1,10 @@
 /*
  * rpc_internal: what the files of this folder share.
  *
- * Every batch of gRPC operations ends on a completion queue that one loop
- * thread drains: one loop for each server, one for all channels of the process.
- * The loop always polls, so that a dead connection is noticed and a new one
- * made also while no call is under way; callers wait on a condition.
+ * A server's batches of gRPC operations end on a completion queue that its loop
+ * thread drains; handlers wait on a condition. A client's call has a queue of
+ * its own, which the calling thread works while it waits: no thread has to wake
+ * another. Between calls gRPC's own timer looks at the channels.
  */
 #ifndef RK_COMMON_RPC_RPC_INTERNAL_H
 #define RK_COMMON_RPC_RPC_INTERNAL_H
@@ -36,7 +36,9 @@ struct rpc_loop {
     bool running;
 };
 
-/* Also initialises gRPC; rpc_loop_destroy shuts it down again. */
+/* Each is undone by one grpc_shutdown(). */
+void rpc_library_start(void);
+/* Also starts the library; rpc_loop_destroy shuts it down again. */
 void rpc_loop_create(struct rpc_loop *loop);
 RK_MUST_CHECK enum rk_status rpc_loop_start(struct rpc_loop *loop);
 /* No event may be outstanding. Accepts a zeroed loop. */
@@ -66,7 +68,7 @@ void rpc_sync_destroy(struct rpc_sync *sync);
 bool rpc_sync_wait(struct rpc_sync *sync, int64_t deadline_ns);
 
 /* One batch of operations that somebody waits for: it ends in a loop's thread, or (pluck) in the
- * waiting thread itself, which saves waking it. */
+ * waiting thread itself. */
 struct rpc_batch {
     struct rpc_event event;
     struct rpc_sync *sync;
@@ -75,6 +77,8 @@ struct rpc_batch {
     bool ok;                      /* valid once not pending */
 };
 
+/* Of plucked batches, none of which is under way. */
+void rpc_queue_destroy(grpc_completion_queue *queue);
 void rpc_batch_init(struct rpc_batch *batch, struct rpc_sync *sync);
 void rpc_batch_done(struct rpc_event *event, bool ok);
 void rpc_batch_start(struct rpc_batch *batch, grpc_call *call, const grpc_op *ops, size_t num_ops);
@@ -119,7 +123,6 @@ void rpc_slice_to_text(const grpc_slice *slice, char *ret_text, size_t text_byte
 struct rk_rpc_channel {
     grpc_channel *channel;
     char *address;
-    struct rpc_loop *loop;
     atomic_uint refs; /* the owner, and each stream */
 };
 

@@ -290,10 +290,7 @@ static void stream_free(struct rk_rpc_stream *stream)
     grpc_slice_unref(stream->message);
     grpc_metadata_array_destroy(&stream->initial);
     grpc_metadata_array_destroy(&stream->trailer);
-    grpc_completion_queue_shutdown(stream->queue);
-    (void)grpc_completion_queue_pluck(stream->queue, NULL, gpr_inf_future(GPR_CLOCK_MONOTONIC),
-                                      NULL);
-    grpc_completion_queue_destroy(stream->queue);
+    rpc_queue_destroy(stream->queue);
     rpc_channel_unref(stream->channel);
     rpc_sync_destroy(&stream->sync);
     rk_free(stream->scratch.data);
