@@ -65,7 +65,8 @@ struct rk_shm_server {
     bool running;
     pthread_t thread;
     struct connection *connections;
-    struct pollfd *polls; /* wake, listen, then one per connection */
+    struct pollfd *polls; /* wake, listen, then one per connection there is */
+    struct connection **polled;
     struct rk_extent *extents;
     struct rk_get gets[RK_TRANSPORT_ITEMS_MAX];
     uint64_t *offsets;
@@ -568,21 +569,32 @@ static void serve(struct rk_shm_server *server, struct connection *connection, s
     }
 }
 
+/* Fills polls and polled with the connections there are. Returns how many. */
+static uint32_t polls_fill(struct rk_shm_server *server)
+{
+    uint32_t count = 0;
+    server->polls[0] = (struct pollfd){.fd = server->wake_fd, .events = POLLIN};
+    server->polls[1] = (struct pollfd){.fd = server->listen_fd, .events = POLLIN};
+    for (uint32_t i = 0; i < server->options.connections_max; i++) {
+        struct connection *connection = &server->connections[i];
+        if (connection->fd < 0) {
+            continue;
+        }
+        server->polled[count] = connection;
+        /* With a reply under way only its end matters. */
+        server->polls[2 + count++] = (struct pollfd){
+            .fd = connection->fd, .events = connection->out.bytes > 0 ? POLLOUT : POLLIN};
+    }
+    return count;
+}
+
 static void *server_thread(void *context)
 {
     struct rk_shm_server *server = context;
-    uint32_t connections_max = server->options.connections_max;
     struct spin spin = {.until_ns = 0};
+    uint32_t count = polls_fill(server);
     for (;;) {
-        server->polls[0] = (struct pollfd){.fd = server->wake_fd, .events = POLLIN};
-        server->polls[1] = (struct pollfd){.fd = server->listen_fd, .events = POLLIN};
-        for (uint32_t i = 0; i < connections_max; i++) {
-            const struct connection *connection = &server->connections[i];
-            /* poll ignores -1. With a reply under way only its end matters. */
-            server->polls[2 + i] = (struct pollfd){
-                .fd = connection->fd, .events = connection->out.bytes > 0 ? POLLOUT : POLLIN};
-        }
-        int ready = poll(server->polls, 2 + connections_max, spin_again(&spin) ? 0 : -1);
+        int ready = poll(server->polls, 2 + count, spin_again(&spin) ? 0 : -1);
         if (ready <= 0) {
             RK_ASSERT(ready == 0 || errno == EINTR || errno == ENOMEM);
             continue;
@@ -591,15 +603,15 @@ static void *server_thread(void *context)
         if (server->polls[0].revents) {
             return NULL;
         }
-        for (uint32_t i = 0; i < connections_max; i++) {
-            short events = server->polls[2 + i].revents;
-            if (events && server->connections[i].fd >= 0) {
-                serve(server, &server->connections[i], events);
+        for (uint32_t i = 0; i < count; i++) {
+            if (server->polls[2 + i].revents) {
+                serve(server, server->polled[i], server->polls[2 + i].revents);
             }
         }
         if (server->polls[1].revents) {
             accept_reader(server);
         }
+        count = polls_fill(server);
     }
 }
 
@@ -698,11 +710,12 @@ static enum rk_status tables_create(struct rk_shm_server *server, struct rk_erro
     uint32_t connections_max = server->options.connections_max;
     server->connections = rk_alloc_zero(connections_max, sizeof(*server->connections));
     server->polls = rk_alloc_zero(connections_max + 2, sizeof(*server->polls));
+    server->polled = rk_alloc_zero(connections_max, sizeof(struct connection *));
     server->extents = rk_alloc(WIRE_EXTENTS_MAX * sizeof(*server->extents));
     server->offsets = rk_alloc_zero(server->options.pages_max, sizeof(uint64_t));
     server->checksums = rk_alloc_zero(server->options.pages_max, sizeof(uint64_t));
-    if (!server->connections || !server->polls || !server->extents || !server->offsets ||
-        !server->checksums) {
+    if (!server->connections || !server->polls || !server->polled || !server->extents ||
+        !server->offsets || !server->checksums) {
         return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for the shm server");
     }
     for (uint32_t i = 0; i < connections_max; i++) {
@@ -794,6 +807,7 @@ void rk_shm_server_stop(struct rk_shm_server *server)
     close_if_open(server->wake_fd);
     rk_free(server->connections);
     rk_free(server->polls);
+    rk_free(server->polled);
     rk_free(server->extents);
     rk_free(server->offsets);
     rk_free(server->checksums);

@@ -2,7 +2,7 @@
  * spin: looking again for a moment before sleeping.
  *
  * To wake a sleeping thread costs more than a short answer takes, above all on
- * virtual machines. So whoever exchanges something looks again for up to 50 us
+ * virtual machines. So whoever exchanges something looks again for up to 100 us
  * after the last thing that happened, and then sleeps. Nothing spins on an idle
  * connection.
  *
@@ -20,7 +20,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define SPIN_NS          50000
+#define SPIN_NS          100000
 #define SPIN_IN_VAIN     8          /* so many times in a row, and then only */
 #define SPIN_TRY         16         /* each so many times */
 #define SPIN_SLICE_NS    1000000    /* a yield that took so long gave away a slice */
