@@ -5,5 +5,5 @@ cd "$(dirname "$0")/.."
 bench/prefill.py --threads 1 "$@"
 bench/ttft.py --threads 1
 bench/ttft.py --threads 2
-bench/data_plane.py --peers redknot,tcp,ucx,grpc,redis
+bench/data_plane.py --peers redknot,tcp,ucx,grpc
 bench/memory.py
