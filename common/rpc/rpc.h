@@ -36,7 +36,7 @@ typedef enum rk_status (*rk_rpc_handler)(struct rk_rpc_call *call, void *context
                                          struct rk_error *error);
 
 struct rk_rpc_method {
-    const char *path; /* "/redknot.v1.KvStore/PutShard"; kept by pointer */
+    const char *path; /* "/redknot.v1.KvStore/Put"; kept by pointer */
     rk_rpc_handler handler;
     size_t request_bytes_max; /* of one message, unpacked only within it; 0: as above */
 };

@@ -482,7 +482,7 @@ proctype Writer(byte me)
 
 again:
     atomic { STEP(ok = (attempts < ATTEMPTS); attempts++; place(), done) }
-    do /* PutShard */
+    do /* Put */
     :: atomic { shard < SHARDS && MAY_BEGIN -> STEP(put_begin(OBJECT(generation, shard)), failed) };
         do
         :: atomic { pages < PAGES -> STEP(put_page_begin(OBJECT(generation, shard)), failed) };
