@@ -5,7 +5,8 @@
 #include "common/rpc/rpc.h"
 #include "tests/kvstore/shard_support.h"
 
-/* Put of a shard with the bytes of shard_page_fill. bad_page: that page's checksum is wrong; -1: none. */
+/* Put of a shard with the bytes of shard_page_fill. bad_page: that page's checksum is wrong; -1:
+ * none. */
 enum rk_status client_put(struct rk_rpc_channel *channel, const struct kvstore_header *header,
                           int bad_page);
 /* "CommitShard", "AbortShard" or "DropShard". */

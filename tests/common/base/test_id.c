@@ -46,6 +46,20 @@ static void segments_and_chains_match_the_specification(void **state)
     expect_hex(rk_id_chain(&segment, &empty), chain_hex);
 }
 
+/* Made with Python's hashlib from docs/protocol.md, for clients in other languages do the same. */
+static void values_match_the_specification(void **state)
+{
+    uint8_t longest[256];
+    (void)state;
+    for (int i = 0; i < 256; i++) {
+        longest[i] = (uint8_t)i;
+    }
+    expect_hex(rk_id_value("model@0@chunk", 13),
+               "761bc6c0f75aad7806326ccfff5a7760d1171a7a1b678ded1c65d1c370f803a1");
+    expect_hex(rk_id_value(longest, sizeof(longest)),
+               "84cf8db6d64ddf2feb48ff86695cb846ce2fd12e6d3eb1d357659e797651cae5");
+}
+
 static void a_chain_of_one_is_its_segment(void **state)
 {
     struct rk_id model = fingerprint();
@@ -162,6 +176,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(segments_and_chains_match_the_specification),
+        cmocka_unit_test(values_match_the_specification),
         cmocka_unit_test(a_chain_of_one_is_its_segment),
         cmocka_unit_test(chains_have_an_order),
         cmocka_unit_test(fields_cannot_run_into_each_other),
