@@ -8,8 +8,8 @@
 #include "common/transport/transport.h"
 #include "common/transport/wire_internal.h"
 #include "tests/common/transport/one_get.h"
+#include "tests/common/transport/path_checks.h"
 #include "tests/common/transport/pinned_pages.h"
-#include "tests/common/transport/put_checks.h"
 
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
@@ -251,76 +251,29 @@ static void pins_and_connections_are_bounded(void **state)
     rk_transport_destroy(reader);
 }
 
-static void a_batch_is_one_round_trip(void **state)
+static void gets_in_a_batch(void **state)
 {
-    struct arena *arena = *state;
-    struct pinned_pages *store = &arena->pages;
-    struct rk_transport *reader = reader_connect(arena);
-    const struct rk_extent some[] = {{0, 0, 5, 9}, {0, 0, 1, 2}};
-    const struct rk_extent outside = {7, 0, 0, 1};
-    static uint8_t buffer[5 * PAGE_BYTES + 1];
-    struct rk_get gets[4];
-    struct rk_pages pages[4];
-    struct rk_error error = {.text = ""};
-    for (int i = 0; i < 4; i++) {
-        gets[i] = get_of(some, 2);
-        gets[i].verify = true;
-    }
-    gets[1].extents = &outside;
-    gets[1].num_extents = 1;
-    gets[2].buffer = buffer + 1; /* Misaligned, as buffers may be. */
-    gets[3].generation = 9;
-    assert_int_equal(rk_transport_get(reader, gets, 4, rk_deadline_in_ms(WAIT_MS), pages, &error),
-                     RK_OK);
-    assert_int_equal(pages[0].status, RK_OK);
-    assert_int_equal(pages[1].status, RK_ERR_INVALID);
-    assert_int_equal(pages[2].status, RK_OK);
-    assert_int_equal(pages[3].status, RK_MISS_STALE_GENERATION);
-    assert_string_equal(error.text, "extent 0 is outside");
-    for (int i = 0; i < 3; i += 2) {
-        assert_int_equal(pages[i].num_pages, 5);
-        assert_memory_equal(pages[i].pages[0].data, store->bytes + 5 * PAGE_BYTES, PAGE_BYTES);
-        assert_memory_equal(pages[i].pages[4].data, store->bytes + 1 * PAGE_BYTES, PAGE_BYTES);
-    }
-    assert_ptr_equal(pages[2].pages[0].data, buffer + 1);
-    rk_transport_release(reader, pages, 4);
-    gets[0].page_bytes = 0; /* A value has no extents: our own mistake is refused here. */
-    assert_int_equal(rk_transport_get(reader, gets, 1, rk_deadline_in_ms(WAIT_MS), pages, &error),
-                     RK_ERR_INVALID);
-    assert_int_equal(rk_transport_get(reader, gets, RK_TRANSPORT_ITEMS_MAX + 1,
-                                      rk_deadline_in_ms(WAIT_MS), pages, &error),
-                     RK_ERR_INVALID);
+    struct rk_transport *reader = reader_connect(*state);
+    a_batch_is_one_answer(reader, &((struct arena *)*state)->pages);
     rk_transport_destroy(reader);
-    pins_become(arena, 0);
+    pins_become(*state, 0);
 }
 
-static void damage_on_the_way_is_a_miss(void **state)
+static void gets_of_what_is_damaged(void **state)
 {
-    struct arena *arena = *state;
-    struct pinned_pages *store = &arena->pages;
-    struct rk_transport *reader = reader_connect(arena);
-    const struct rk_extent all = {0, 0, 0, NUM_PAGES};
-    struct rk_get get = get_of(&all, 1);
-    struct rk_pages pages;
-    get.verify = true;
-    assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_OK);
-    rk_transport_release(reader, &pages, 1);
-    store->sum_flip = 1; /* The last page's checksum is another one. */
-    assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_MISS_CHECKSUM);
-    assert_null(pages.pages);
-    store->sum_flip = 0;
+    struct rk_transport *reader = reader_connect(*state);
+    damage_on_the_way_is_a_miss(reader, &((struct arena *)*state)->pages);
     rk_transport_destroy(reader);
-    pins_become(arena, 0);
+    pins_become(*state, 0);
 }
 
 static void puts_over_this_path(void **state)
 {
-    struct arena *arena = *state;
-    struct pinned_pages *store = &arena->pages;
-    struct rk_transport *reader = reader_connect(arena);
-    puts_arrive_whole(reader, store);
-    a_failed_item_hurts_no_other(reader, store);
+    struct rk_transport *reader = reader_connect(*state);
+    puts_arrive_whole(reader, &((struct arena *)*state)->pages);
+    a_failed_item_hurts_no_other(reader, &((struct arena *)*state)->pages);
     rk_transport_destroy(reader);
+    pins_become(*state, 0);
 }
 
 /* ---- Rubbish ---- */
@@ -578,8 +531,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         SERVED(bytes_are_those_of_the_store),
         SERVED(misses_and_errors_carry_their_reason),
-        SERVED(a_batch_is_one_round_trip),
-        SERVED(damage_on_the_way_is_a_miss),
+        SERVED(gets_in_a_batch),
+        SERVED(gets_of_what_is_damaged),
         SERVED(puts_over_this_path),
         SERVED(the_mapping_is_read_only),
         SERVED(a_killed_reader_lets_go),

@@ -7,7 +7,7 @@
  */
 #include "common/transport/ucx_internal.h"
 #include "tests/common/transport/one_get.h"
-#include "tests/common/transport/put_checks.h"
+#include "tests/common/transport/path_checks.h"
 #include "tests/common/transport/ucx_arena.h"
 #include "tests/common/transport/ucx_stranger.h"
 
@@ -161,64 +161,20 @@ static void misses_and_errors_carry_their_reason(void **state)
     rk_transport_destroy(transport);
 }
 
-static void a_batch_is_one_round_trip(void **state)
+static void gets_in_a_batch(void **state)
 {
     (void)state;
-    struct pinned_pages *store = &arena.pages;
     struct rk_transport *reader = connected();
-    const struct rk_extent some[] = {{0, 0, 5, 9}, {0, 0, 1, 2}};
-    const struct rk_extent outside = {7, 0, 0, 1};
-    static uint8_t buffer[5 * PAGE_BYTES + 1];
-    struct rk_get gets[4];
-    struct rk_pages pages[4];
-    struct rk_error error = {.text = ""};
-    for (int i = 0; i < 4; i++) {
-        gets[i] = get_of(some, 2);
-        gets[i].verify = true;
-    }
-    gets[1].extents = &outside;
-    gets[1].num_extents = 1;
-    gets[2].buffer = buffer + 1; /* Misaligned, as buffers may be. */
-    gets[3].generation = 9;
-    assert_int_equal(rk_transport_get(reader, gets, 4, rk_deadline_in_ms(WAIT_MS), pages, &error),
-                     RK_OK);
-    assert_int_equal(pages[0].status, RK_OK);
-    assert_int_equal(pages[1].status, RK_ERR_INVALID);
-    assert_int_equal(pages[2].status, RK_OK);
-    assert_int_equal(pages[3].status, RK_MISS_STALE_GENERATION);
-    assert_string_equal(error.text, "extent 0 is outside");
-    for (int i = 0; i < 3; i += 2) {
-        assert_int_equal(pages[i].num_pages, 5);
-        assert_memory_equal(pages[i].pages[0].data, store->bytes + 5 * PAGE_BYTES, PAGE_BYTES);
-        assert_memory_equal(pages[i].pages[4].data, store->bytes + 1 * PAGE_BYTES, PAGE_BYTES);
-    }
-    assert_ptr_equal(pages[2].pages[0].data, buffer + 1);
-    rk_transport_release(reader, pages, 4);
-    gets[0].page_bytes = 0; /* A value has no extents: our own mistake is refused here. */
-    assert_int_equal(rk_transport_get(reader, gets, 1, rk_deadline_in_ms(WAIT_MS), pages, &error),
-                     RK_ERR_INVALID);
-    assert_int_equal(rk_transport_get(reader, gets, RK_TRANSPORT_ITEMS_MAX + 1,
-                                      rk_deadline_in_ms(WAIT_MS), pages, &error),
-                     RK_ERR_INVALID);
+    a_batch_is_one_answer(reader, &arena.pages);
     rk_transport_destroy(reader);
     pins_become(0);
 }
 
-static void damage_on_the_way_is_a_miss(void **state)
+static void gets_of_what_is_damaged(void **state)
 {
     (void)state;
-    struct pinned_pages *store = &arena.pages;
     struct rk_transport *reader = connected();
-    const struct rk_extent all = {0, 0, 0, NUM_PAGES};
-    struct rk_get get = get_of(&all, 1);
-    struct rk_pages pages;
-    get.verify = true;
-    assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_OK);
-    rk_transport_release(reader, &pages, 1);
-    store->sum_flip = 1; /* The last page's checksum is another one. */
-    assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_MISS_CHECKSUM);
-    assert_null(pages.pages);
-    store->sum_flip = 0;
+    damage_on_the_way_is_a_miss(reader, &arena.pages);
     rk_transport_destroy(reader);
     pins_become(0);
 }
@@ -226,11 +182,11 @@ static void damage_on_the_way_is_a_miss(void **state)
 static void puts_over_this_path(void **state)
 {
     (void)state;
-    struct pinned_pages *store = &arena.pages;
     struct rk_transport *reader = connected();
-    puts_arrive_whole(reader, store);
-    a_failed_item_hurts_no_other(reader, store);
+    puts_arrive_whole(reader, &arena.pages);
+    a_failed_item_hurts_no_other(reader, &arena.pages);
     rk_transport_destroy(reader);
+    pins_become(0);
 }
 
 /* ---- Peers that die or stop ---- */
@@ -514,12 +470,12 @@ int main(void)
     const struct CMUnitTest tests[] = {
         WITH_SERVER(bytes_are_those_of_the_store),
         WITH_RENDEZVOUS(bytes_are_those_of_the_store),
-        WITH_RENDEZVOUS(a_batch_is_one_round_trip),
-        WITH_RENDEZVOUS(damage_on_the_way_is_a_miss),
+        WITH_RENDEZVOUS(gets_in_a_batch),
+        WITH_RENDEZVOUS(gets_of_what_is_damaged),
         WITH_RENDEZVOUS(a_killed_reader_lets_go),
         WITH_SERVER(misses_and_errors_carry_their_reason),
-        WITH_SERVER(a_batch_is_one_round_trip),
-        WITH_SERVER(damage_on_the_way_is_a_miss),
+        WITH_SERVER(gets_in_a_batch),
+        WITH_SERVER(gets_of_what_is_damaged),
         WITH_SERVER(puts_over_this_path),
         cmocka_unit_test(a_killed_store_is_noticed),
         cmocka_unit_test(a_stopped_store_costs_one_deadline),

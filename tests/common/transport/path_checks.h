@@ -1,7 +1,8 @@
-/* What a put over either path must do; the store is that of pinned_pages.h. */
-#ifndef TESTS_COMMON_TRANSPORT_PUT_CHECKS_H
-#define TESTS_COMMON_TRANSPORT_PUT_CHECKS_H
+/* What gets and puts must do over either path; the store is that of pinned_pages.h. */
+#ifndef TESTS_COMMON_TRANSPORT_PATH_CHECKS_H
+#define TESTS_COMMON_TRANSPORT_PATH_CHECKS_H
 
+#include "tests/common/transport/one_get.h"
 #include "tests/common/transport/pinned_pages.h"
 
 #include <setjmp.h>
@@ -10,8 +11,77 @@
 
 #include <cmocka.h>
 
-#define PUT_WAIT_MS   20000
+#define PATH_WAIT_MS  20000
 #define PUT_PAGES_MAX 4096u
+
+/* ---- Gets ---- */
+
+static inline struct rk_get path_get_of(const struct pinned_pages *store,
+                                        const struct rk_extent *extents, size_t num_extents)
+{
+    return (struct rk_get){.generation = 1,
+                           .page_bytes = store->page_bytes,
+                           .extents = extents,
+                           .num_extents = num_extents,
+                           .verify = true};
+}
+
+static inline void a_batch_is_one_answer(struct rk_transport *reader, struct pinned_pages *store)
+{
+    const struct rk_extent some[] = {{0, 0, 5, 9}, {0, 0, 1, 2}};
+    const struct rk_extent outside = {7, 0, 0, 1};
+    size_t page_bytes = store->page_bytes;
+    uint8_t *buffer = rk_alloc(5 * page_bytes + 1);
+    struct rk_get gets[4];
+    struct rk_pages pages[4];
+    struct rk_error error = {.text = ""};
+    assert_non_null(buffer);
+    for (int i = 0; i < 4; i++) {
+        gets[i] = path_get_of(store, some, 2);
+    }
+    gets[1].extents = &outside;
+    gets[1].num_extents = 1;
+    gets[2].buffer = buffer + 1; /* Misaligned, as buffers may be. */
+    gets[3].generation = 9;
+    assert_int_equal(
+        rk_transport_get(reader, gets, 4, rk_deadline_in_ms(PATH_WAIT_MS), pages, &error), RK_OK);
+    assert_int_equal(pages[0].status, RK_OK);
+    assert_int_equal(pages[1].status, RK_ERR_INVALID);
+    assert_int_equal(pages[2].status, RK_OK);
+    assert_int_equal(pages[3].status, RK_MISS_STALE_GENERATION);
+    assert_string_equal(error.text, "extent 0 is outside");
+    for (int i = 0; i < 3; i += 2) {
+        assert_int_equal(pages[i].num_pages, 5);
+        assert_memory_equal(pages[i].pages[0].data, store->bytes + 5 * page_bytes, page_bytes);
+        assert_memory_equal(pages[i].pages[4].data, store->bytes + page_bytes, page_bytes);
+    }
+    assert_ptr_equal(pages[2].pages[0].data, buffer + 1);
+    rk_transport_release(reader, pages, 4);
+    gets[0].page_bytes = 0; /* A value has no extents: our own mistake is refused here. */
+    assert_int_equal(
+        rk_transport_get(reader, gets, 1, rk_deadline_in_ms(PATH_WAIT_MS), pages, &error),
+        RK_ERR_INVALID);
+    assert_int_equal(rk_transport_get(reader, gets, RK_TRANSPORT_ITEMS_MAX + 1,
+                                      rk_deadline_in_ms(PATH_WAIT_MS), pages, &error),
+                     RK_ERR_INVALID);
+    rk_free(buffer);
+}
+
+static inline void damage_on_the_way_is_a_miss(struct rk_transport *reader,
+                                               struct pinned_pages *store)
+{
+    const struct rk_extent all = {0, 0, 0, store->num_pages};
+    struct rk_get get = path_get_of(store, &all, 1);
+    struct rk_pages pages;
+    assert_int_equal(get_one(reader, &get, PATH_WAIT_MS, &pages, NULL), RK_OK);
+    rk_transport_release(reader, &pages, 1);
+    store->sum_flip = 1; /* The last page's checksum is another one. */
+    assert_int_equal(get_one(reader, &get, PATH_WAIT_MS, &pages, NULL), RK_MISS_CHECKSUM);
+    assert_null(pages.pages);
+    store->sum_flip = 0;
+}
+
+/* ---- Puts ---- */
 
 /* One item of a put, its pages in memory that nothing else lies beside. */
 struct put_item {
@@ -56,14 +126,14 @@ static inline void puts_arrive_whole(struct rk_transport *transport, struct pinn
     }
     int before = atomic_load(&store->ended);
     assert_int_equal(
-        rk_transport_put(transport, puts, COUNT, rk_deadline_in_ms(PUT_WAIT_MS), &error), RK_OK);
+        rk_transport_put(transport, puts, COUNT, rk_deadline_in_ms(PATH_WAIT_MS), &error), RK_OK);
     for (unsigned i = 0; i < COUNT; i++) {
         assert_int_equal(puts[i].status, RK_OK);
     }
     assert_int_equal(atomic_load(&store->ended), before + COUNT);
     for (unsigned i = 0; i < COUNT; i++) {
         assert_int_equal(
-            rk_transport_put(transport, &puts[i], 1, rk_deadline_in_ms(PUT_WAIT_MS), &error),
+            rk_transport_put(transport, &puts[i], 1, rk_deadline_in_ms(PATH_WAIT_MS), &error),
             RK_OK);
         assert_int_equal(puts[i].status, RK_OK);
         assert_int_equal(store->put_sum, rk_hash_xxh3(items[i].bytes, sizes[i]));
@@ -90,7 +160,7 @@ static inline void a_failed_item_hurts_no_other(struct rk_transport *transport,
     }
     puts[3].checksums = checksums;
     int before = atomic_load(&store->ended);
-    assert_int_equal(rk_transport_put(transport, puts, 5, rk_deadline_in_ms(PUT_WAIT_MS), &error),
+    assert_int_equal(rk_transport_put(transport, puts, 5, rk_deadline_in_ms(PATH_WAIT_MS), &error),
                      RK_OK);
     assert_int_equal(puts[0].status, RK_OK);
     assert_int_equal(puts[1].status, RK_ERR_FULL);
@@ -102,11 +172,11 @@ static inline void a_failed_item_hurts_no_other(struct rk_transport *transport,
     assert_int_equal(atomic_load(&store->puts), 0);
     /* Where the next item's bytes begin is not known: the whole put fails, the connection stays. */
     items[0].head.bytes = 0;
-    assert_int_equal(rk_transport_put(transport, puts, 2, rk_deadline_in_ms(PUT_WAIT_MS), &error),
+    assert_int_equal(rk_transport_put(transport, puts, 2, rk_deadline_in_ms(PATH_WAIT_MS), &error),
                      RK_OK);
     assert_true(puts[0].status != RK_OK && puts[1].status != RK_OK);
     items[0].head.bytes = 150000;
-    assert_int_equal(rk_transport_put(transport, puts, 1, rk_deadline_in_ms(PUT_WAIT_MS), &error),
+    assert_int_equal(rk_transport_put(transport, puts, 1, rk_deadline_in_ms(PATH_WAIT_MS), &error),
                      RK_OK);
     assert_int_equal(puts[0].status, RK_OK);
     for (unsigned i = 0; i < 5; i++) {
