@@ -84,8 +84,32 @@ static void remove_stale(void)
     closedir(folder);
 }
 
+static bool netns_was_mounted;
+
+static bool netns_mounted(void)
+{
+    char line[1024];
+    bool found = false;
+    FILE *mounts = fopen("/proc/self/mountinfo", "re");
+    while (mounts && !found && fgets(line, sizeof(line), mounts)) {
+        found = strstr(line, " /run/netns ") != NULL;
+    }
+    if (mounts) {
+        (void)fclose(mounts);
+    }
+    return found;
+}
+
+void network_done(void)
+{
+    if (!netns_was_mounted && netns_mounted()) {
+        (void)umount2("/run/netns", MNT_DETACH);
+    }
+}
+
 const char *network_missing(void)
 {
+    netns_was_mounted = netns_mounted();
     static const struct {
         const char *command;
         const char *missing;

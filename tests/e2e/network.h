@@ -20,6 +20,9 @@ struct network {
 
 /* NULL: networks can be made here. Else what is missing. Removes what dead processes left. */
 const char *network_missing(void);
+/* The last thing: takes away the mount that iproute2 makes with the first namespace, if it was not
+ * there before network_missing(). */
+void network_done(void);
 
 void network_make(struct network *network);
 /* Accepts what was not made, or only in part. */
