@@ -1,0 +1,193 @@
+/*
+ * Goal:   ListStores names the stores that may be placed on, by capacity, and a store that has just
+ *         come gets its share bit by bit.
+ * Method: that of test_coordinator.c.
+ */
+#include "tests/coordinator/coordinator_fixture.h"
+
+#include "common/base/alloc.h"
+#include "common/base/clock.h"
+#include "common/base/kv_layout.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+static Redknot__V1__ListStoresReply *list_stores(struct fixture *f)
+{
+    Redknot__V1__ListStoresRequest request = REDKNOT__V1__LIST_STORES_REQUEST__INIT;
+    Redknot__V1__ListStoresReply *reply = NULL;
+
+    assert_int_equal(call(f, M("ListStores"), &request.base,
+                          &redknot__v1__list_stores_reply__descriptor, (ProtobufCMessage **)&reply),
+                     RK_OK);
+    assert_true(reply->epoch == coordinator_epoch(f->coordinator));
+    return reply;
+}
+
+/* 0 when the store is not listed. */
+static double listed_weight(struct fixture *f, int i)
+{
+    Redknot__V1__ListStoresReply *reply = list_stores(f);
+    double weight = 0;
+
+    for (size_t n = 0; n < reply->n_stores; n++) {
+        if (strcmp(reply->stores[n]->endpoint->node_id, store_name(i)) == 0) {
+            weight = reply->stores[n]->weight;
+            assert_string_equal(reply->stores[n]->endpoint->grpc_address, f->stores[i].address);
+            assert_true(reply->stores[n]->endpoint->incarnation != 0);
+        }
+    }
+    rk_rpc_message_free(&reply->base);
+    return weight;
+}
+
+static void stores_are_listed_by_capacity(void **state)
+{
+    struct fixture *f = *state;
+    Redknot__V1__NodeInfo worker = REDKNOT__V1__NODE_INFO__INIT;
+    Redknot__V1__RegisterRequest request = REDKNOT__V1__REGISTER_REQUEST__INIT;
+    Redknot__V1__HeartbeatRequest beat = REDKNOT__V1__HEARTBEAT_REQUEST__INIT;
+    Redknot__V1__ListStoresReply *stores = list_stores(f);
+    ProtobufCMessage *reply = NULL;
+    double weight;
+
+    assert_int_equal(stores->n_stores, 0);
+    rk_rpc_message_free(&stores->base);
+    worker.node_id = (char *)(uintptr_t) "worker";
+    worker.role = REDKNOT__V1__NODE_INFO__ROLE__ROLE_WORKER;
+    worker.incarnation = 5;
+    worker.grpc_address = (char *)(uintptr_t) "127.0.0.1:1";
+    request.node = &worker;
+    assert_int_equal(
+        call(f, M("RegisterNode"), &request.base, &redknot__v1__register_reply__descriptor, &reply),
+        RK_OK);
+    rk_rpc_message_free(reply);
+    join(f, 0, 11);
+    join(f, 1, 12);
+    stores = list_stores(f);
+    assert_int_equal(stores->n_stores, 2); /* No worker. */
+    rk_rpc_message_free(&stores->base);
+    weight = listed_weight(f, 0);
+    assert_true(weight > 0);
+    assert_true(listed_weight(f, 1) == 2 * weight);
+    /* What is used changes from call to call, and keys would move with it. */
+    beat.node_id = (char *)(uintptr_t)store_name(0);
+    beat.incarnation = 11;
+    beat.used_bytes = 1u << 30;
+    assert_int_equal(
+        call(f, M("Heartbeat"), &beat.base, &redknot__v1__heartbeat_reply__descriptor, &reply),
+        RK_OK);
+    rk_rpc_message_free(reply);
+    assert_true(listed_weight(f, 0) == weight);
+    down(f); /* Known from disk, but nobody has spoken yet. */
+    up(f);
+    stores = list_stores(f);
+    assert_int_equal(stores->n_stores, 0);
+    rk_rpc_message_free(&stores->base);
+    (void)heartbeat(f, 1, 12, NULL);
+    assert_true(listed_weight(f, 0) == 0);
+    assert_true(listed_weight(f, 1) == 2 * weight);
+}
+
+/* A store is told of by an announcement that holds one shard, id. */
+static void announce_one(struct fixture *f, int i, uint64_t incarnation, uint8_t id)
+{
+    struct told told;
+    uint32_t accepted = 0;
+    size_t dropped = 0;
+
+    tell(&told, id, 17);
+    assert_int_equal(announce(f, i, incarnation, &told, 1, &accepted, &dropped), RK_OK);
+    assert_int_equal(accepted, 1);
+}
+
+static void a_new_store_starts_slowly(void **state)
+{
+    struct fixture *f = *state;
+    int placed[2] = {0, 0};
+    double weight;
+
+    down(f);
+    f->options.slow_start_ms = 600000;
+    up(f);
+    join(f, 0, 11);
+    weight = listed_weight(f, 0);
+    join(f, 1, 12);
+    /* All are new: they share alike. They came within a moment, so their factors are as good as
+     * equal, and so are their shares. */
+    assert_true(listed_weight(f, 0) == weight);
+    assert_true(listed_weight(f, 1) == 2 * weight);
+    announce_one(f, 0, 11, 201); /* It holds something: it was not new, we forgot it. */
+    assert_true(listed_weight(f, 0) == weight);
+    assert_true(listed_weight(f, 1) == 2 * weight / 8);
+    for (uint8_t id = 1; id <= 200; id++) { /* 1 against 2/8 for store 1: 40 of them, +- 6. */
+        Redknot__V1__PlaceReply *reply = NULL;
+
+        assert_int_equal(place(f, id, 10, &reply), RK_OK);
+        placed[strcmp(reply->shards[0]->node_id, store_name(1)) == 0]++;
+        rk_rpc_message_free(&reply->base);
+    }
+    assert_true(placed[1] > 12 && placed[1] < 68);
+    join(f, 0, 21); /* Another incarnation is new, and nothing is left that is not. */
+    assert_true(listed_weight(f, 0) == weight);
+    assert_true(listed_weight(f, 1) == 2 * weight);
+}
+
+static void a_restart_of_ours_makes_nobody_new(void **state)
+{
+    struct fixture *f = *state;
+    double weight;
+
+    down(f);
+    f->options.slow_start_ms = 600000;
+    up(f);
+    join(f, 0, 11);
+    join(f, 1, 12);
+    weight = listed_weight(f, 0);
+    down(f);
+    up(f);
+    (void)heartbeat(f, 0, 11, NULL);
+    join(f, 0, 11);
+    join(f, 1, 13); /* This one is. */
+    assert_true(listed_weight(f, 0) == weight);
+    assert_true(listed_weight(f, 1) == 2 * weight / 8);
+}
+
+static void a_share_grows_to_its_whole(void **state)
+{
+    struct fixture *f = *state;
+    int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
+    double last = 0;
+    double weight = 0;
+
+    down(f);
+    f->options.slow_start_ms = 500;
+    up(f);
+    join(f, 0, 11);
+    announce_one(f, 0, 11, 201);
+    join(f, 1, 12);
+    while (weight < 2 * listed_weight(f, 0) && rk_deadline_left_ms(deadline_ns) != 0) {
+        weight = listed_weight(f, 1);
+        assert_true(weight >= last);
+        last = weight;
+    }
+    assert_true(weight == 2 * listed_weight(f, 0));
+}
+
+int main(void)
+{
+#define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+    const struct CMUnitTest tests[] = {
+        TEST(stores_are_listed_by_capacity),
+        TEST(a_new_store_starts_slowly),
+        TEST(a_restart_of_ours_makes_nobody_new),
+        TEST(a_share_grows_to_its_whole),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
