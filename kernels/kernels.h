@@ -1,10 +1,11 @@
 /*
  * kernels: the arithmetic of a worker, as a C ABI over device code.
  *
- * kernels/cpu implements it for the CPU: oneDNN for matrix products (its only
- * user), own code for the rest, a plain C reference beside each vectorised
- * path, chosen at run time. A CUDA implementation of the same header comes in
- * kernels/cuda.
+ * Two parts. The first, struct kernels, computes on the cores of this process:
+ * oneDNN for matrix products (its only user), own code for the rest, a plain C
+ * reference beside each vectorised path, chosen at run time. The second,
+ * kernels/device.h, is SegPagedAttention over a pool of pages on a device:
+ * kernels/cuda for a GPU, and kernels/cpu as the reference that defines it.
  *
  * Row independence: the result of a row depends only on that row's inputs, not
  * on how many rows stand beside it or on which pages other rows see. That makes
@@ -18,6 +19,7 @@
 
 #include "common/base/kv_layout.h"
 #include "common/base/status.h"
+#include "kernels/device.h"
 
 #include <stdbool.h>
 #include <stddef.h>

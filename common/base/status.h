@@ -12,6 +12,10 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+#ifdef __cplusplus /* kernels/cuda */
+extern "C" {
+#endif
+
 #define RK_MUST_CHECK      __attribute__((warn_unused_result))
 #define RK_PRINTF(fmt, va) __attribute__((format(printf, fmt, va)))
 
@@ -89,5 +93,9 @@ void rk_error_prefix(struct rk_error *error, const char *format, ...) RK_PRINTF(
 #define RK_ASSERT(expression)                                                                      \
     ((expression) ? (void)0 : rk_assert_failed(#expression, __FILE__, __LINE__))
 __attribute__((noreturn)) void rk_assert_failed(const char *expression, const char *file, int line);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

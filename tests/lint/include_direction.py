@@ -35,7 +35,7 @@ LIBRARIES = [
     (r"liburing(\.h|/)", ["kvstore/"]),
     (r"(oneapi/dnnl/)?dnnl\w*\.h", ["kernels/cpu/"]),
     (r"(openblas/)?(cblas|openblas_config)\.h", ["kernels/cpu/"]),
-    (r"(cuda|cublas|nv)\w*\.(h|hpp|cuh)|(cuda|cub|cooperative_groups)/", ["kernels/cuda/"]),
+    (r"math_constants\.h|(cuda|cublas|nv)\w*\.(h|hpp|cuh)|(cuda|cub|cooperative_groups)/", ["kernels/cuda/"]),
     (r"nccl\.h", ["worker/"]),
     (r"pcre2\.h", ["worker/tokenizer/"]),
     (r"openssl/|xxhash\.h|xxh_x86dispatch\.h", ["common/base/"]),
