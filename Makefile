@@ -1,9 +1,11 @@
 # Thin front of CMake: `make help` lists what there is.
 JOBS ?= $(shell nproc)
 BUILD := build
+CUDA_BUILD := $(BUILD)/cuda
+KERNELS := $(CUDA_BUILD)/kernels/cuda/libredknot_kernels.so
 CTEST_ARGS ?=
 
-.PHONY: help setup build demo test bench bench-data-plane verify clean format lint
+.PHONY: help setup build demo test cuda test-cuda bench bench-data-plane bench-kernels verify clean format lint
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +32,19 @@ bench-data-plane: ## Reads and writes against Mooncake, Redis and bare TCP, UCX 
 	@bench/peers/install.sh
 	@bench/data_plane.py $(if $(QUICK),--quick)
 
+cuda: setup ## Build the kernels of a GPU and their tests into build/cuda; needs no GPU
+	@PATH="$$(tools/setup_cuda.sh):$$PATH" && cmake --preset cuda -Wno-dev >$(BUILD).log 2>&1 || { cat $(BUILD).log; exit 1; }
+	@rm -f $(BUILD).log
+	@PATH="$$(tools/setup_cuda.sh):$$PATH" && cmake --build $(CUDA_BUILD) -j $(JOBS) --target redknot_kernels test_kernels_cuda -- --quiet
+
+test-cuda: ## On a machine with a GPU: its kernels against the references, 10,000 random cases
+	@[ -x $(CUDA_BUILD)/tests/test_kernels_cuda ] || $(MAKE) --no-print-directory cuda
+	@$(CUDA_BUILD)/tests/test_kernels_cuda --cases 10000
+
+bench-kernels: ## On a machine with a GPU and PyTorch: attention against cuDNN, FlashInfer, flex (QUICK=1: seconds)
+	@[ -f $(KERNELS) ] || $(MAKE) --no-print-directory cuda
+	@bench/kernels/bench_kernels.py --library $(KERNELS) --flex $(if $(QUICK),--quick)
+
 verify: ## Check the model of the store's protocol with spin, a minute
 	@tools/setup.sh tools/packages-ci.txt
 	@tests/model/run.sh
@@ -41,7 +56,7 @@ lint: build ## Format, clang-tidy and include direction
 	@tests/lint/run_tidy.sh $(BUILD)
 
 format: ## Format all C files
-	@git ls-files '*.c' '*.h' | xargs clang-format-14 -i
+	@tests/lint/run_format.sh --fix
 
 clean: ## Remove build/
 	@rm -rf $(BUILD)

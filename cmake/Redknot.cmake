@@ -16,6 +16,9 @@ pkg_check_modules(JANSSON REQUIRED IMPORTED_TARGET jansson)
 pkg_check_modules(MICROHTTPD REQUIRED IMPORTED_TARGET libmicrohttpd)
 pkg_check_modules(CRYPTO REQUIRED IMPORTED_TARGET libcrypto)
 pkg_check_modules(CMOCKA REQUIRED IMPORTED_TARGET cmocka)
+if(REDKNOT_CUDA)
+  find_package(CUDAToolkit REQUIRED)
+endif()
 
 add_library(redknot_flags INTERFACE)
 target_include_directories(redknot_flags INTERFACE ${CMAKE_SOURCE_DIR})
@@ -93,4 +96,13 @@ function(redknot_fuzz_seeds name)
   set_target_properties(${name}_seeds PROPERTIES
     RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/fuzz/seeds)
   target_link_libraries(${name}_seeds PRIVATE redknot_flags ${ARG_LINK})
+endfunction()
+
+# redknot_link_standalone(TARGET): links what a machine with a GPU has not got, which is all our
+# packages, statically or not at all: rk_base without hash.c, and the CUDA runtime.
+function(redknot_link_standalone target)
+  target_sources(${target} PRIVATE ${CMAKE_SOURCE_DIR}/common/base/hash_standalone.c)
+  add_dependencies(${target} rk_base)
+  target_link_libraries(${target} PRIVATE $<TARGET_FILE:rk_base> CUDA::cudart_static m)
+  target_link_options(${target} PRIVATE -static-libgcc -static-libstdc++)
 endfunction()

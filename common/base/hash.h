@@ -1,7 +1,8 @@
 /*
  * hash: SHA-256 for names, XXH3-64 for page checksums.
  *
- * hash.c is the only user of libcrypto's digests and of libxxhash.
+ * hash.c is the only user of libcrypto's digests and of libxxhash;
+ * hash_standalone.c stands in for it where there is neither.
  * Threads: a digest belongs to one thread; the rest is pure.
  */
 #ifndef RK_COMMON_BASE_HASH_H
