@@ -18,8 +18,12 @@
 #include <cuda_bf16.h>
 
 #define WARP_KEYS   16
-#define TEAM_WARPS  4                /* one page */
-#define WARPS       (2 * TEAM_WARPS) /* pages come faster than one team can take them */
+#define TEAM_WARPS  4 /* one page */
+#define TEAMS       2 /* pages come faster than one team can take them */
+#define CONSUMERS   (TEAMS * TEAM_WARPS * 32)
+#define THREADS     (CONSUMERS + 32)
+#define ITEM_SLOTS  3
+#define PASS_ROWS   8 /* of a tile, merged at a time */
 #define SMEM_MAX    (227 * 1024)
 #define STAGES_MAX  24
 #define LN_2        0.69314718055994530942f
@@ -55,31 +59,44 @@ struct stage_info {
     float scale_v;
 };
 
+/* What consumers must know of an item: it comes ahead of its pages, so that they need not wait for
+ * memory between items. Then [16 rows][head_dim + 8] of queries of `variant`, bf16. */
+struct item_slot {
+    struct plan_item item;
+    int32_t positions[TILE_ROWS_DECODE];
+    int32_t variant; /* of the first page */
+    int32_t pad[3];
+};
+
 template <int HEAD_DIM, bool E4M3> struct decode_shape {
     static constexpr int ROW_BYTES = HEAD_DIM * (E4M3 ? 1 : 2) < 128 ? 64 : 128;
     static constexpr int HALF_BYTES = 128 * ROW_BYTES;
     static constexpr int PAGE_BYTES = 2 * RK_PAGE_TOKENS * HEAD_DIM * (E4M3 ? 1 : 2);
-    static constexpr int CONSUMERS = WARPS * 32;
-    static constexpr int THREADS = CONSUMERS + 32;
-    static constexpr int TEAMS = WARPS / TEAM_WARPS;
     /* Padded, so that fragments go to and from the scratch without bank conflicts. */
     static constexpr int SCRATCH_ROW = HEAD_DIM + (E4M3 ? 16 : 8);
-    static constexpr int SCRATCH_O = TILE_ROWS_DECODE * SCRATCH_ROW; /* floats of a warp */
+    static constexpr int SCRATCH_O = PASS_ROWS * SCRATCH_ROW; /* floats of a warp */
     static constexpr int SCRATCH_BYTES =
-        TEAM_WARPS * (SCRATCH_O + 2 * TILE_ROWS_DECODE) * (int)sizeof(float);
+        TEAM_WARPS * (SCRATCH_O + 2 * PASS_ROWS) * (int)sizeof(float);
+    /* The padding again keeps fragments off each other's banks. */
+    static constexpr int QUERY_ROW = 2 * HEAD_DIM + 16;
+    static constexpr int SLOT_BYTES = (int)sizeof(struct item_slot) + TILE_ROWS_DECODE * QUERY_ROW;
+    static constexpr int ITEMS_BYTES = ITEM_SLOTS * (SLOT_BYTES + 16) + 16; /* and the flag */
     static constexpr int STAGE_BYTES = PAGE_BYTES + (int)sizeof(struct stage_info) + 16;
-    static constexpr int STAGES_FIT = (SMEM_MAX - SCRATCH_BYTES - 16) / STAGE_BYTES;
+    static constexpr int STAGES_FIT = (SMEM_MAX - SCRATCH_BYTES - ITEMS_BYTES) / STAGE_BYTES;
     static constexpr int STAGES = STAGES_FIT < STAGES_MAX ? STAGES_FIT : STAGES_MAX;
 
     /* Offsets in shared memory. */
     static constexpr int SCRATCH = STAGES * PAGE_BYTES;
     static constexpr int SCRATCH_M = SCRATCH + TEAM_WARPS * SCRATCH_O * (int)sizeof(float);
-    static constexpr int INFO = SCRATCH + SCRATCH_BYTES;
+    static constexpr int ITEMS = SCRATCH + SCRATCH_BYTES;
+    static constexpr int INFO = ITEMS + ITEM_SLOTS * SLOT_BYTES;
     static constexpr int FULL = INFO + STAGES * (int)sizeof(struct stage_info);
     static constexpr int EMPTY = FULL + STAGES * 8;
-    static constexpr int FLAG = EMPTY + STAGES * 8;
+    static constexpr int ITEM_FULL = EMPTY + STAGES * 8;
+    static constexpr int ITEM_EMPTY = ITEM_FULL + ITEM_SLOTS * 8;
+    static constexpr int FLAG = ITEM_EMPTY + ITEM_SLOTS * 8;
     static constexpr int BYTES = FLAG + 16;
-    static_assert(BYTES <= SMEM_MAX && STAGES >= TEAMS && WARPS % TEAM_WARPS == 0, "shape");
+    static_assert(BYTES <= SMEM_MAX && STAGES >= TEAMS && SLOT_BYTES % 16 == 0, "shape");
 };
 
 DEVICE_CALL struct plan_item item_load(const struct plan_item *item)
@@ -115,17 +132,56 @@ DEVICE_CALL int32_t item_ref(const struct plan_item *item, int32_t page)
 
 /* ---- producer ---- */
 
-template <class SHAPE, bool E4M3>
+/* Queues the copies of an item, its positions and its queries to a slot. The whole warp. */
+template <class SHAPE, int HEAD_DIM>
+DEVICE_CALL void item_send(const struct decode_params *p, uint8_t *slot_memory, uint32_t full,
+                           const struct plan_item &item, int32_t index, int32_t variant,
+                           uint32_t lane)
+{
+    constexpr uint32_t CHUNKS = HEAD_DIM / 8; /* of 16 bytes, in a row of queries */
+    struct item_slot *slot = (struct item_slot *)slot_memory;
+    uint32_t queries = smem_address(slot + 1);
+
+    if (lane < sizeof(struct plan_item) / 16) {
+        copy_async_16(smem_address(&slot->item) + 16 * lane,
+                      (const uint8_t *)(p->items + index) + 16 * lane);
+    }
+    if (lane < (uint32_t)item.tokens) {
+        copy_async_4(smem_address(&slot->positions[lane]), p->positions + item.row + lane);
+    }
+    for (uint32_t i = lane; i < item.tokens * p->group * CHUNKS; i += 32) {
+        uint32_t row = i / CHUNKS, chunk = i % CHUNKS;
+        size_t query = ((size_t)variant * p->rows + item.row + row / p->group) * p->num_q_heads +
+                       item.kv_head * p->group + row % p->group;
+
+        copy_async_16(queries + row * SHAPE::QUERY_ROW + 16 * chunk,
+                      p->q + query * HEAD_DIM + 8 * chunk);
+    }
+    barrier_arrive_copies(full);
+    if (lane == 0) {
+        slot->variant = variant;
+        barrier_arrive(full);
+    }
+}
+
+template <class SHAPE, int HEAD_DIM, bool E4M3>
 DEVICE_CALL void produce(const struct decode_params *p, const CUtensorMap *map, uint8_t *smem,
                          struct plan_item item, uint32_t lane)
 {
     uint32_t base = smem_address(smem);
     struct stage_info *info = (struct stage_info *)(smem + SHAPE::INFO);
     uint32_t stage = 0, parity = 1; /* an unused stage counts as released */
+    uint32_t slot = 0, slot_parity = 1;
+    int32_t index = blockIdx.x;
     bool waited = false;
 
     for (;;) {
-        for (int32_t first = 0; first < item.pages; first += 32) {
+        struct plan_item next = item;
+
+        if (item.next >= 0) {
+            next = item_load(p->items + item.next);
+        }
+        for (int32_t first = 0; first < max(item.pages, 1); first += 32) {
             int32_t pages = min(item.pages - first, 32);
             int2 page_variant = make_int2(0, 0), where = make_int2(0, 0);
             uint2 live = make_uint2(0, 0);
@@ -147,6 +203,16 @@ DEVICE_CALL void produce(const struct decode_params *p, const CUtensorMap *map, 
                 }
                 wait_previous_kernel();
                 waited = true;
+            }
+            if (first == 0) {
+                barrier_wait(base + SHAPE::ITEM_EMPTY + slot * 8, slot_parity);
+                item_send<SHAPE, HEAD_DIM>(p, smem + SHAPE::ITEMS + slot * SHAPE::SLOT_BYTES,
+                                           base + SHAPE::ITEM_FULL + slot * 8, item, index,
+                                           __shfl_sync(~0u, page_variant.y, 0), lane);
+                if (++slot == ITEM_SLOTS) {
+                    slot = 0;
+                    slot_parity ^= 1;
+                }
             }
 #pragma unroll 1
             for (int32_t i = 0; i < pages; i++) {
@@ -177,7 +243,8 @@ DEVICE_CALL void produce(const struct decode_params *p, const CUtensorMap *map, 
         if (item.next < 0) {
             return;
         }
-        item = item_load(p->items + item.next);
+        index = item.next;
+        item = next;
     }
 }
 
@@ -194,39 +261,66 @@ template <int HEAD_DIM> struct warp_state {
 
 /* The rows of an item as one lane sees them. */
 struct lane_rows {
-    int32_t query[2]; /* which query of a variant; any for a row that is not there */
-    int32_t t[2];     /* position, -1 for a row that is not there: sees nothing */
-    int32_t t_min;    /* of all rows */
+    int32_t t[2];  /* position, -1 for a row that is not there: sees nothing */
+    int32_t t_min; /* of all rows */
     int32_t t_max;
     int32_t window;
     int32_t sink;
 };
 
+/* q: rows g and g + 8 of the tile. What a row that is not there holds does not matter: nothing of
+ * it is stored. */
 template <int HEAD_DIM, bool E4M3>
-DEVICE_CALL void queries_load(struct warp_state<HEAD_DIM> &state, const struct decode_params *p,
-                              const struct lane_rows &rows, int32_t variant, uint32_t lane)
+DEVICE_CALL void queries_load(struct warp_state<HEAD_DIM> &state, const __nv_bfloat16 *const q[2],
+                              uint32_t lane)
 {
-    size_t first = (size_t)variant * p->rows * p->num_q_heads;
-
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const __nv_bfloat16 *q =
-            p->q + (first + rows.query[h]) * HEAD_DIM + (lane & 3) * (E4M3 ? 4 : 2);
+        const __nv_bfloat16 *row = q[h] + (lane & 3) * (E4M3 ? 4 : 2);
 
 #pragma unroll
         for (int k = 0; k < HEAD_DIM / 16; k++) {
             if (E4M3) {
                 /* Four bytes of K in a row serve as both pairs of a lane; so do queries here. */
-                uint2 pairs = *(const uint2 *)(q + 16 * k);
+                uint2 pairs = *(const uint2 *)(row + 16 * k);
 
                 state.q[k][h] = f16_from_bf16(pairs.x);
                 state.q[k][2 + h] = f16_from_bf16(pairs.y);
             } else {
-                state.q[k][h] = *(const uint32_t *)(q + 16 * k);
-                state.q[k][2 + h] = *(const uint32_t *)(q + 16 * k + 8);
+                state.q[k][h] = *(const uint32_t *)(row + 16 * k);
+                state.q[k][2 + h] = *(const uint32_t *)(row + 16 * k + 8);
             }
         }
     }
+}
+
+/* Of the item's first variant, from its slot. */
+template <class SHAPE, int HEAD_DIM, bool E4M3>
+DEVICE_CALL void queries_begin(struct warp_state<HEAD_DIM> &state, const struct item_slot *slot,
+                               uint32_t lane)
+{
+    const uint8_t *first = (const uint8_t *)(slot + 1) + lane / 4 * SHAPE::QUERY_ROW;
+    const __nv_bfloat16 *const q[2] = {(const __nv_bfloat16 *)first,
+                                       (const __nv_bfloat16 *)(first + 8 * SHAPE::QUERY_ROW)};
+
+    queries_load<HEAD_DIM, E4M3>(state, q, lane);
+}
+
+/* Of another variant, which few items have. */
+template <int HEAD_DIM, bool E4M3>
+DEVICE_CALL void queries_change(struct warp_state<HEAD_DIM> &state, const struct decode_params *p,
+                                const struct plan_item &item, int32_t variant, uint32_t lane)
+{
+    const __nv_bfloat16 *q[2];
+
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        uint32_t i = lane / 4 + 8 * h, token = min(i / p->group, (uint32_t)item.tokens - 1);
+        size_t row = (size_t)variant * p->rows + item.row + token;
+
+        q[h] = p->q + (row * p->num_q_heads + item.kv_head * p->group + i % p->group) * HEAD_DIM;
+    }
+    queries_load<HEAD_DIM, E4M3>(state, q, lane);
 }
 
 /* Scores of 16 keys, s[n] keys 8 * n ..., not scaled. */
@@ -538,7 +632,7 @@ DEVICE_CALL void parts_merge(const float *parts, int32_t count, uint32_t num_row
 {
     constexpr size_t SLOT = TILE_ROWS_DECODE * (HEAD_DIM + 2);
 
-    for (uint32_t i = thread; i < num_rows * (HEAD_DIM / 4); i += SHAPE::CONSUMERS) {
+    for (uint32_t i = thread; i < num_rows * (HEAD_DIM / 4); i += CONSUMERS) {
         uint32_t row = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
         float m_all = -INFINITY, l_all = 0;
         float4 o_all = make_float4(0, 0, 0, 0);
@@ -583,68 +677,60 @@ DEVICE_CALL void parts_merge(const float *parts, int32_t count, uint32_t num_row
     }
 }
 
-/* A warp's state to its scratch. m and l of all warps follow their outputs. */
+/* Rows 8 * h ... of a warp's state to its scratch. m and l of all warps follow their outputs. */
 template <class SHAPE, int HEAD_DIM, bool E4M3>
-DEVICE_CALL void scratch_store(const struct warp_state<HEAD_DIM> &state, float *scratch,
+DEVICE_CALL void scratch_store(const struct warp_state<HEAD_DIM> &state, int h, float *scratch,
                                float *scratch_m, uint32_t lane)
 {
     uint32_t g = lane / 4, t = lane % 4;
+    float *row = scratch + g * SHAPE::SCRATCH_ROW;
 
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        float *row = scratch + (g + 8 * h) * SHAPE::SCRATCH_ROW;
-
-#pragma unroll
-        for (int n = 0; n < HEAD_DIM / 8; n++) {
-            if (!E4M3) {
-                *(float2 *)(row + 8 * n + 2 * t) =
-                    make_float2(state.o[n][2 * h], state.o[n][2 * h + 1]);
-            } else if (n % 2 == 0) {
-                /* Columns d and d + 1 stand in two blocks; see values_add(). */
-                *(float4 *)(row + 8 * n + 4 * t) =
-                    make_float4(state.o[n][2 * h], state.o[n + 1][2 * h], state.o[n][2 * h + 1],
-                                state.o[n + 1][2 * h + 1]);
-            }
+    for (int n = 0; n < HEAD_DIM / 8; n++) {
+        if (!E4M3) {
+            *(float2 *)(row + 8 * n + 2 * t) =
+                make_float2(state.o[n][2 * h], state.o[n][2 * h + 1]);
+        } else if (n % 2 == 0) {
+            /* Columns d and d + 1 stand in two blocks; see values_add(). */
+            *(float4 *)(row + 8 * n + 4 * t) =
+                make_float4(state.o[n][2 * h], state.o[n + 1][2 * h], state.o[n][2 * h + 1],
+                            state.o[n + 1][2 * h + 1]);
         }
-        if (t == 0) {
-            scratch_m[g + 8 * h] = state.m[h];
-            scratch_m[TILE_ROWS_DECODE + g + 8 * h] = state.l[h];
-        }
+    }
+    if (t == 0) {
+        scratch_m[g] = state.m[h];
+        scratch_m[PASS_ROWS + g] = state.l[h];
     }
 }
 
 /* Adds what scratch_store() of another warp left. */
 template <class SHAPE, int HEAD_DIM, bool E4M3>
-DEVICE_CALL void scratch_add(struct warp_state<HEAD_DIM> &state, const float *scratch,
+DEVICE_CALL void scratch_add(struct warp_state<HEAD_DIM> &state, int h, const float *scratch,
                              const float *scratch_m, uint32_t lane)
 {
     uint32_t g = lane / 4, t = lane % 4;
+    const float *row = scratch + g * SHAPE::SCRATCH_ROW;
+    float other = scratch_m[g];
+    float m = fmaxf(state.m[h], other);
+    float own = exp2_approx(state.m[h] - exponent_base(m));
 
+    other = exp2_approx(other - exponent_base(m));
+    state.m[h] = m;
+    state.l[h] = state.l[h] * own + scratch_m[PASS_ROWS + g] * other;
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const float *row = scratch + (g + 8 * h) * SHAPE::SCRATCH_ROW;
-        float other = scratch_m[g + 8 * h];
-        float m = fmaxf(state.m[h], other);
-        float own = exp2_approx(state.m[h] - exponent_base(m));
+    for (int n = 0; n < HEAD_DIM / 8; n++) {
+        if (!E4M3) {
+            float2 o = *(const float2 *)(row + 8 * n + 2 * t);
 
-        other = exp2_approx(other - exponent_base(m));
-        state.m[h] = m;
-        state.l[h] = state.l[h] * own + scratch_m[TILE_ROWS_DECODE + g + 8 * h] * other;
-#pragma unroll
-        for (int n = 0; n < HEAD_DIM / 8; n++) {
-            if (!E4M3) {
-                float2 o = *(const float2 *)(row + 8 * n + 2 * t);
+            state.o[n][2 * h] = state.o[n][2 * h] * own + o.x * other;
+            state.o[n][2 * h + 1] = state.o[n][2 * h + 1] * own + o.y * other;
+        } else if (n % 2 == 0) {
+            float4 o = *(const float4 *)(row + 8 * n + 4 * t);
 
-                state.o[n][2 * h] = state.o[n][2 * h] * own + o.x * other;
-                state.o[n][2 * h + 1] = state.o[n][2 * h + 1] * own + o.y * other;
-            } else if (n % 2 == 0) {
-                float4 o = *(const float4 *)(row + 8 * n + 4 * t);
-
-                state.o[n][2 * h] = state.o[n][2 * h] * own + o.x * other;
-                state.o[n + 1][2 * h] = state.o[n + 1][2 * h] * own + o.y * other;
-                state.o[n][2 * h + 1] = state.o[n][2 * h + 1] * own + o.z * other;
-                state.o[n + 1][2 * h + 1] = state.o[n + 1][2 * h + 1] * own + o.w * other;
-            }
+            state.o[n][2 * h] = state.o[n][2 * h] * own + o.x * other;
+            state.o[n + 1][2 * h] = state.o[n + 1][2 * h] * own + o.y * other;
+            state.o[n][2 * h + 1] = state.o[n][2 * h + 1] * own + o.z * other;
+            state.o[n + 1][2 * h + 1] = state.o[n + 1][2 * h + 1] * own + o.w * other;
         }
     }
 }
@@ -658,7 +744,7 @@ DEVICE_CALL void warps_merge(struct warp_state<HEAD_DIM> &state, uint8_t *smem, 
     uint32_t member = warp % TEAM_WARPS, team = warp / TEAM_WARPS;
     float *all = (float *)(smem + SHAPE::SCRATCH), *all_m = (float *)(smem + SHAPE::SCRATCH_M);
     float *own = all + member * SHAPE::SCRATCH_O;
-    float *own_m = all_m + member * 2 * TILE_ROWS_DECODE;
+    float *own_m = all_m + member * 2 * PASS_ROWS;
 
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -668,45 +754,55 @@ DEVICE_CALL void warps_merge(struct warp_state<HEAD_DIM> &state, uint8_t *smem, 
     if (E4M3) {
         output_scale<HEAD_DIM>(state, state.unit, state.unit);
     }
-    named_sync(1, SHAPE::CONSUMERS); /* the scratch of the item before has been read */
-    /* Scratch of one team is enough: later teams hand on to the one before. */
 #pragma unroll
-    for (uint32_t from = SHAPE::TEAMS - 1; from > 0; from--) {
-        if (team == from) {
-            scratch_store<SHAPE, HEAD_DIM, E4M3>(state, own, own_m, lane);
-        }
-        named_sync(1, SHAPE::CONSUMERS);
-        if (team == from - 1) {
-            scratch_add<SHAPE, HEAD_DIM, E4M3>(state, own, own_m, lane);
-            __syncwarp(); /* m and l of a row are read by four lanes and written by one */
-        }
-    }
-    if (team == 0) {
-        scratch_store<SHAPE, HEAD_DIM, E4M3>(state, own, own_m, lane);
-    }
-    named_sync(1, SHAPE::CONSUMERS);
+    for (int h = 0; h < TILE_ROWS_DECODE / PASS_ROWS; h++) {
+        uint32_t first = h * PASS_ROWS;
 
-    for (uint32_t i = thread; i < num_rows * (HEAD_DIM / 4); i += SHAPE::CONSUMERS) {
-        uint32_t row = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
-        float m = -INFINITY, l = 0;
-        float4 o = make_float4(0, 0, 0, 0);
+        if (first >= num_rows) {
+            break;
+        }
+        named_sync(1, CONSUMERS); /* what was in the scratch has been read */
+        /* Scratch of one team is enough: later teams hand on to the one before. */
+#pragma unroll
+        for (uint32_t from = TEAMS - 1; from > 0; from--) {
+            if (team == from) {
+                scratch_store<SHAPE, HEAD_DIM, E4M3>(state, h, own, own_m, lane);
+            }
+            named_sync(1, CONSUMERS);
+            if (team == from - 1) {
+                scratch_add<SHAPE, HEAD_DIM, E4M3>(state, h, own, own_m, lane);
+                __syncwarp(); /* m and l of a row are read by four lanes and written by one */
+            }
+        }
+        if (team == 0) {
+            scratch_store<SHAPE, HEAD_DIM, E4M3>(state, h, own, own_m, lane);
+        }
+        named_sync(1, CONSUMERS);
+
+        uint32_t rows = min(num_rows - first, PASS_ROWS);
+
+        for (uint32_t i = thread; i < rows * (HEAD_DIM / 4); i += CONSUMERS) {
+            uint32_t row = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4;
+            float m = -INFINITY, l = 0;
+            float4 o = make_float4(0, 0, 0, 0);
 
 #pragma unroll
-        for (int w = 0; w < TEAM_WARPS; w++) {
-            m = fmaxf(m, all_m[w * 2 * TILE_ROWS_DECODE + row]);
-        }
+            for (int w = 0; w < TEAM_WARPS; w++) {
+                m = fmaxf(m, all_m[w * 2 * PASS_ROWS + row]);
+            }
 #pragma unroll
-        for (int w = 0; w < TEAM_WARPS; w++) {
-            const float *from = all_m + w * 2 * TILE_ROWS_DECODE + row;
-            float factor = exp2_approx(from[0] - exponent_base(m));
+            for (int w = 0; w < TEAM_WARPS; w++) {
+                const float *from = all_m + w * 2 * PASS_ROWS + row;
+                float factor = exp2_approx(from[0] - exponent_base(m));
 
-            l += from[TILE_ROWS_DECODE] * factor;
-            add_scaled(
-                o,
-                *(const float4 *)(all + w * SHAPE::SCRATCH_O + row * SHAPE::SCRATCH_ROW + column),
-                factor);
+                l += from[PASS_ROWS] * factor;
+                add_scaled(o,
+                           *(const float4 *)(all + w * SHAPE::SCRATCH_O + row * SHAPE::SCRATCH_ROW +
+                                             column),
+                           factor);
+            }
+            row_store<HEAD_DIM>(to, first + row, column, m, l, o);
         }
-        row_store<HEAD_DIM>(to, row, column, m, l, o);
     }
 }
 
@@ -714,7 +810,7 @@ DEVICE_CALL void warps_merge(struct warp_state<HEAD_DIM> &state, uint8_t *smem, 
 template <class SHAPE>
 DEVICE_CALL bool block_last(int32_t *counter, int32_t count, int32_t *flag, uint32_t thread)
 {
-    named_sync(1, SHAPE::CONSUMERS);
+    named_sync(1, CONSUMERS);
     if (thread == 0) {
         bool last;
 
@@ -726,7 +822,7 @@ DEVICE_CALL bool block_last(int32_t *counter, int32_t count, int32_t *flag, uint
         *flag = last;
         __threadfence();
     }
-    named_sync(1, SHAPE::CONSUMERS);
+    named_sync(1, CONSUMERS);
     return *flag != 0;
 }
 
@@ -773,8 +869,7 @@ DEVICE_CALL void item_finish(struct warp_state<HEAD_DIM> &state, const struct de
 /* ---- the kernel ---- */
 
 template <class SHAPE, int HEAD_DIM, bool E4M3>
-DEVICE_CALL void consume(const struct decode_params *p, uint8_t *smem, struct plan_item item,
-                         int32_t index, uint32_t thread)
+DEVICE_CALL void consume(const struct decode_params *p, uint8_t *smem, uint32_t thread)
 {
     uint32_t lane = thread % 32, g = lane / 4;
     uint32_t key = thread / 32 % TEAM_WARPS * WARP_KEYS, team = thread / 32 / TEAM_WARPS;
@@ -788,41 +883,29 @@ DEVICE_CALL void consume(const struct decode_params *p, uint8_t *smem, struct pl
         base + (RK_PAGE_TOKENS + value_row) * SHAPE::ROW_BYTES + ((j / 2 ^ swizzle) << 4);
     uint32_t keys = base + key_row * SHAPE::ROW_BYTES + (((E4M3 ? j / 2 : j % 2) ^ swizzle) << 4);
     uint32_t token[2] = {g / p->group, (g + 8) / p->group};
-    uint32_t head[2] = {g % p->group, (g + 8) % p->group};
+    uint32_t slot = 0, slot_parity = 0;
     uint32_t stage = team, parity = 0;
     uint32_t turn = 0; /* the team of the next page */
     struct warp_state<HEAD_DIM> state;
 
     for (;;) {
+        const struct item_slot *in =
+            (const struct item_slot *)(smem + SHAPE::ITEMS + slot * SHAPE::SLOT_BYTES);
+        const struct plan_item &item = in->item;
         struct lane_rows rows;
-        int32_t variant = 0;
-        int32_t page = (int32_t)((team + SHAPE::TEAMS - turn) % SHAPE::TEAMS);
+        int32_t page = (int32_t)((team + TEAMS - turn) % TEAMS);
+        int32_t variant, pages;
 
-        if (item.tokens == 0) {
-            if (item.next < 0) {
-                return;
-            }
-            index = item.next;
-            item = item_load(p->items + index);
-            continue;
-        }
-        if (item.pages > 0) {
-            variant = __ldg(&p->refs[item_ref(&item, 0)].variant);
-        }
-        wait_previous_kernel(); /* at once, but for the first item */
+        barrier_wait(base + SHAPE::ITEM_FULL + slot * 8, slot_parity);
+        variant = in->variant;
+        pages = item.pages;
         rows.window = item.window;
         rows.sink = item.sink;
-        rows.t_min = p->positions[item.row];
-        rows.t_max = p->positions[item.row + item.tokens - 1];
+        rows.t_min = in->positions[0];
+        rows.t_max = in->positions[item.tokens - 1];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            /* Rows that are not there repeat the first; nothing of theirs is stored. */
-            bool there = token[h] < (uint32_t)item.tokens;
-            uint32_t row = item.row + (there ? token[h] : 0);
-            int32_t t = p->positions[row];
-
-            rows.t[h] = there ? t : -1;
-            rows.query[h] = (int32_t)(row * p->num_q_heads + item.kv_head * p->group + head[h]);
+            rows.t[h] = token[h] < (uint32_t)item.tokens ? in->positions[token[h]] : -1;
             state.m[h] = -INFINITY;
             state.l[h] = 0;
         }
@@ -834,9 +917,9 @@ DEVICE_CALL void consume(const struct decode_params *p, uint8_t *smem, struct pl
                 state.o[n][i] = 0;
             }
         }
-        queries_load<HEAD_DIM, E4M3>(state, p, rows, variant, lane);
+        queries_begin<SHAPE, HEAD_DIM, E4M3>(state, in, lane);
 
-        for (; page < item.pages; page += SHAPE::TEAMS) {
+        for (; page < pages; page += TEAMS) {
             uint32_t offset = stage * SHAPE::PAGE_BYTES;
             struct stage_info info;
             enum page_view view;
@@ -846,7 +929,7 @@ DEVICE_CALL void consume(const struct decode_params *p, uint8_t *smem, struct pl
             view = keys_view(rows, info, key);
             if (view != PAGE_UNSEEN && info.variant != variant) {
                 variant = info.variant;
-                queries_load<HEAD_DIM, E4M3>(state, p, rows, variant, lane);
+                queries_change<HEAD_DIM, E4M3>(state, p, item, variant, lane);
             }
             if (view == PAGE_WHOLE) {
                 keys_attend<SHAPE, HEAD_DIM, E4M3, false>(state, p, rows, info, keys + offset,
@@ -859,49 +942,59 @@ DEVICE_CALL void consume(const struct decode_params *p, uint8_t *smem, struct pl
             if (lane == 0) {
                 barrier_arrive(base + SHAPE::EMPTY + stage * 8);
             }
-            stage += SHAPE::TEAMS;
+            stage += TEAMS;
             if (stage >= SHAPE::STAGES) {
                 stage -= SHAPE::STAGES;
                 parity ^= 1;
             }
         }
-        /* Again, rather than in registers all the while. */
-        item = item_load(p->items + index);
-        turn = (turn + (uint32_t)item.pages) % SHAPE::TEAMS;
+        turn = (turn + (uint32_t)pages) % TEAMS;
         item_finish<SHAPE, HEAD_DIM, E4M3>(state, p, item, smem, thread);
         if (item.next < 0) {
             return;
         }
-        index = item.next;
-        item = item_load(p->items + index);
+        __syncwarp();
+        if (lane == 0) {
+            barrier_arrive(base + SHAPE::ITEM_EMPTY + slot * 8);
+        }
+        if (++slot == ITEM_SLOTS) {
+            slot = 0;
+            slot_parity ^= 1;
+        }
     }
 }
 
 template <int HEAD_DIM, bool E4M3>
-static __global__ __launch_bounds__(WARPS * 32 + 32, 1) void decode_kernel(
+static __global__ __launch_bounds__(THREADS, 1) void decode_kernel(
     const __grid_constant__ struct decode_params params, const __grid_constant__ CUtensorMap map)
 {
     typedef struct decode_shape<HEAD_DIM, E4M3> SHAPE;
     extern __shared__ __align__(1024) uint8_t smem[];
     uint32_t base = smem_address(smem);
     struct plan_item item = item_load(params.items + blockIdx.x);
-    uint32_t producer = threadIdx.x / 32 == WARPS;
 
-    if (threadIdx.x == WARPS * 32) {
+    if (item.tokens == 0) {
+        return; /* Nothing for this block. */
+    }
+    if (threadIdx.x == CONSUMERS) {
         tma_prefetch_map(&map);
         for (int i = 0; i < SHAPE::STAGES; i++) {
             barrier_init(base + SHAPE::FULL + i * 8, E4M3 ? 2 : 1);
             barrier_init(base + SHAPE::EMPTY + i * 8, TEAM_WARPS);
+        }
+        for (int i = 0; i < ITEM_SLOTS; i++) {
+            barrier_init(base + SHAPE::ITEM_FULL + i * 8, 32 + 1);
+            barrier_init(base + SHAPE::ITEM_EMPTY + i * 8, CONSUMERS / 32);
         }
         barrier_init_fence();
         /* The next kernel has all its own waiting to do: it may come at any time. */
         allow_next_kernel();
     }
     __syncthreads();
-    if (producer) {
-        produce<SHAPE, E4M3>(&params, &map, smem, item, threadIdx.x % 32);
+    if (threadIdx.x >= CONSUMERS) {
+        produce<SHAPE, HEAD_DIM, E4M3>(&params, &map, smem, item, threadIdx.x % 32);
     } else {
-        consume<SHAPE, HEAD_DIM, E4M3>(&params, smem, item, blockIdx.x, threadIdx.x);
+        consume<SHAPE, HEAD_DIM, E4M3>(&params, smem, threadIdx.x);
     }
 }
 
@@ -918,7 +1011,7 @@ static enum rk_status decode_launch(uint32_t processors, const struct decode_par
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = dim3(processors);
-    config.blockDim = dim3(SHAPE::THREADS);
+    config.blockDim = dim3(THREADS);
     config.dynamicSmemBytes = SHAPE::BYTES;
     config.stream = stream;
     config.attrs = &attribute;
