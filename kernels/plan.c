@@ -18,15 +18,10 @@
 /* The last row of a page at POSITION_MAX, and a position less a window, fit in int32_t. */
 #define POSITION_MAX (INT32_MAX - RK_PAGE_TOKENS)
 
-/* Decode, in quarters of a page: a page; start and end of an item that is a whole list; the same of
- * a part of one, with its partial result. */
-#define DECODE_PAGE_COST 4
-#define DECODE_ITEM_COST 1
-#define DECODE_PART_COST 4
-/* A processor has at least so much, and begins a list with at least so much room; less is slower
- * than the merge that it asks for. */
-#define DECODE_SHARE_MIN 16
-#define DECODE_ROOM_MIN  12
+/* Decode: a processor has at least so much cost, and begins a list with at least so much room; less
+ * is slower than the merge that it asks for. */
+#define DECODE_SHARE_MIN 4
+#define DECODE_ROOM_MIN  3
 /* Prefill, in tiles of 128 keys: start and end of an item; partial results of a part. */
 #define PREFILL_ITEM_COST 1
 #define PREFILL_PART_COST 2
@@ -636,17 +631,11 @@ static void sort_falling(struct plan_scratch *s, uint32_t n, uint32_t key_max)
 }
 
 /*
- * Decode, Stream-K: all pages in one sequence, long lists first, cut into shares of one size, a
- * processor each. The share is the least with which the processors suffice; an even part of what
- * is left would cut lists once more than need be, and each cut is a partial result to merge.
+ * Decode, Stream-K: all pages in one sequence, short lists first, cut into shares of one size, a
+ * processor each. Cost: pages, and 1 for each item. The share is the least with which the
+ * processors suffice; an even part of what is left would cut lists once more than need be, and
+ * each cut is a partial result to merge.
  */
-
-/* Pages of the next part of a list where there is so much room. */
-static int32_t decode_take(int32_t pages, int64_t room)
-{
-    const int64_t fit = (room - DECODE_PART_COST) / DECODE_PAGE_COST;
-    return pages < fit ? pages : (int32_t)fit;
-}
 
 /* Deals in s->order; returns how many processors that takes. Makes items only if asked to. */
 static uint32_t decode_deal(struct kernels_plan *plan, int64_t share, bool emit)
@@ -656,38 +645,35 @@ static uint32_t decode_deal(struct kernels_plan *plan, int64_t share, bool emit)
     int64_t room = share;
     for (uint32_t i = 0; i < s->num_tiles; i++) {
         struct plan_item *tile = &s->tiles[s->order[i]];
-        const int64_t whole = (int64_t)tile->pages * DECODE_PAGE_COST + DECODE_ITEM_COST;
+        int32_t pages = tile->pages;
+        int32_t parts = 0;
         if (room < DECODE_ROOM_MIN) {
             p++;
             room = share;
         }
-        struct cursor at = {.range = 0};
-        if (whole <= room) {
-            room -= whole;
-            if (emit) {
-                item_emit(plan, tile, &at, tile->pages, 0, p);
-            }
-            continue;
-        }
-        int32_t parts = 0;
-        for (int32_t pages = tile->pages; pages > 0;) {
-            if (parts > 0) {
-                p++;
-                room = share;
-            }
-            const int32_t take = decode_take(pages, room);
+        for (;;) {
+            const int32_t take = pages < room ? pages : (int32_t)room - 1;
             if (emit) {
                 s->split[parts] = (struct part){.processor = p, .pages = take};
             }
             parts++;
             pages -= take;
-            room -= (int64_t)take * DECODE_PAGE_COST + DECODE_PART_COST;
-        }
-        if (emit) {
-            tile_split(plan, tile, parts);
-            for (int32_t part = 0; part < parts; part++) {
-                item_emit(plan, tile, &at, s->split[part].pages, part, s->split[part].processor);
+            room -= take + 1;
+            if (pages == 0) {
+                break;
             }
+            p++;
+            room = share;
+        }
+        if (!emit) {
+            continue;
+        }
+        if (parts > 1) {
+            tile_split(plan, tile, parts);
+        }
+        struct cursor at = {.range = 0};
+        for (int32_t part = 0; part < parts; part++) {
+            item_emit(plan, tile, &at, s->split[part].pages, part, s->split[part].processor);
         }
     }
     return p + 1;
@@ -697,14 +683,16 @@ static void decode_schedule(struct kernels_plan *plan)
 {
     struct plan_scratch *s = scratch_of(plan);
     const uint32_t processors = plan->device->processors;
-    uint64_t cost = 0;
+    uint64_t cost = s->num_tiles;
     uint32_t key_max = 0;
     for (uint32_t i = 0; i < s->num_tiles; i++) {
-        uint32_t pages = (uint32_t)s->tiles[i].pages;
-        s->order[i] = i;
-        s->keys[i] = pages;
+        const uint32_t pages = (uint32_t)s->tiles[i].pages;
         key_max = pages > key_max ? pages : key_max;
-        cost += (uint64_t)pages * DECODE_PAGE_COST + DECODE_ITEM_COST;
+        cost += pages;
+    }
+    for (uint32_t i = 0; i < s->num_tiles; i++) {
+        s->order[i] = i;
+        s->keys[i] = key_max - (uint32_t)s->tiles[i].pages;
     }
     sort_falling(s, s->num_tiles, key_max);
     RK_ASSERT(processors > 0);

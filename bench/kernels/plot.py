@@ -60,7 +60,7 @@ def roofline(axes, lines, others):
 
 def ratios(axes, lines, others):
     """A row for each shape, its opponents as in the roofline; left of 1 ours is faster."""
-    compared = [line for line in lines if "ratio" in line]
+    compared = [line for line in lines if "ratio" in line and line["who"] in others]
     names = list(dict.fromkeys(f"{line['what']} {line['shape']}" for line in compared))
     for line in compared:
         place = names.index(f"{line['what']} {line['shape']}")

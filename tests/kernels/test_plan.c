@@ -311,7 +311,7 @@ static void check_balance(const struct kernels_plan *plan, const uint32_t *owner
         }
         uint64_t n = (uint64_t)items[i].pages;
         const bool split = items[i].num_splits > 1;
-        uint64_t cost = decode ? 4 * n + (split ? 4 : 1) : (n + 1) / 2 + 1 + (split ? 2 : 0);
+        uint64_t cost = decode ? n + 1 : (n + 1) / 2 + 1 + (split ? 2 : 0);
         total += cost;
         longest = cost > longest ? cost : longest;
         loads[owner[i]] += cost;
@@ -325,7 +325,7 @@ static void check_balance(const struct kernels_plan *plan, const uint32_t *owner
     uint64_t mean = (total + processors - 1) / processors;
     if (decode) {
         /* Room for less than three pages may stay empty, and each cut costs a page. */
-        assert_true(highest <= (mean > 16 ? mean : 16) + 16);
+        assert_true(highest <= (mean > 4 ? mean : 4) + 4);
     } else {
         assert_true(highest <= mean + longest); /* of any list schedule */
     }
