@@ -181,7 +181,8 @@ void kernels_plan_destroy(struct kernels_plan *plan); /* accepts NULL */
  * kernels_plan_upload(). A decode plan stays good while rows move on inside the pages that their
  * lists have (up to the last position of the last page): positions are read on the device.
  * RK_ERR_INVALID names the first wrong value; RK_ERR_FULL what exceeded the options. The plan is
- * then empty: attention with it is refused.
+ * then empty: attention with it is refused. Writes pinned memory that an upload queued before may
+ * still read: wait for it first.
  */
 RK_MUST_CHECK enum rk_status kernels_plan_update(struct kernels_plan *plan,
                                                  const struct kernels_pool *pool,
