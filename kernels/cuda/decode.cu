@@ -204,19 +204,11 @@ DEVICE_CALL void produce(const struct decode_params *p, const CUtensorMap *map, 
                 wait_previous_kernel();
                 waited = true;
             }
-            if (first == 0) {
-                barrier_wait(base + SHAPE::ITEM_EMPTY + slot * 8, slot_parity);
-                item_send<SHAPE, HEAD_DIM>(p, smem + SHAPE::ITEMS + slot * SHAPE::SLOT_BYTES,
-                                           base + SHAPE::ITEM_FULL + slot * 8, item, index,
-                                           __shfl_sync(~0u, page_variant.y, 0), lane);
-                if (++slot == ITEM_SLOTS) {
-                    slot = 0;
-                    slot_parity ^= 1;
-                }
-            }
+            bool sent = first > 0;
+
 #pragma unroll 1
-            for (int32_t i = 0; i < pages; i++) {
-                if ((int32_t)lane == i) {
+            for (int32_t i = 0; i < pages || !sent; i++) {
+                if ((int32_t)lane == i && i < pages) {
                     uint32_t full = base + SHAPE::FULL + stage * 8;
 
                     barrier_wait(base + SHAPE::EMPTY + stage * 8, parity);
@@ -234,9 +226,20 @@ DEVICE_CALL void produce(const struct decode_params *p, const CUtensorMap *map, 
                     }
                 }
                 __syncwarp();
-                if (++stage == SHAPE::STAGES) {
+                if (i < pages && ++stage == SHAPE::STAGES) {
                     stage = 0;
                     parity ^= 1;
+                }
+                if (!sent) { /* Behind the first page, which takes longer. */
+                    barrier_wait(base + SHAPE::ITEM_EMPTY + slot * 8, slot_parity);
+                    item_send<SHAPE, HEAD_DIM>(p, smem + SHAPE::ITEMS + slot * SHAPE::SLOT_BYTES,
+                                               base + SHAPE::ITEM_FULL + slot * 8, item, index,
+                                               __shfl_sync(~0u, page_variant.y, 0), lane);
+                    if (++slot == ITEM_SLOTS) {
+                        slot = 0;
+                        slot_parity ^= 1;
+                    }
+                    sent = true;
                 }
             }
         }
@@ -807,20 +810,16 @@ DEVICE_CALL void warps_merge(struct warp_state<HEAD_DIM> &state, uint8_t *smem, 
 }
 
 /* Whether this block is the last of `count` to come here; then what the others wrote is visible. */
-template <class SHAPE>
 DEVICE_CALL bool block_last(int32_t *counter, int32_t count, int32_t *flag, uint32_t thread)
 {
     named_sync(1, CONSUMERS);
     if (thread == 0) {
-        bool last;
+        bool last = add_acquire_release(counter, 1) == count - 1;
 
-        __threadfence();
-        last = atomicAdd(counter, 1) == count - 1;
         if (last) {
             *counter = 0; /* for the next launch */
         }
         *flag = last;
-        __threadfence();
     }
     named_sync(1, CONSUMERS);
     return *flag != 0;
@@ -852,7 +851,7 @@ DEVICE_CALL void item_finish(struct warp_state<HEAD_DIM> &state, const struct de
         int32_t group = item.split / MERGE_FAN_IN, first = group * MERGE_FAN_IN;
         int32_t parts = min(count - first, MERGE_FAN_IN);
 
-        if (!block_last<SHAPE>(counters + 1 + group, parts, flag, thread)) {
+        if (!block_last(counters + 1 + group, parts, flag, thread)) {
             return;
         }
         slots += (size_t)count * SLOT;
@@ -861,7 +860,7 @@ DEVICE_CALL void item_finish(struct warp_state<HEAD_DIM> &state, const struct de
                                      to, thread);
         count = (count + MERGE_FAN_IN - 1) / MERGE_FAN_IN;
     }
-    if (block_last<SHAPE>(counters, count, flag, thread)) {
+    if (block_last(counters, count, flag, thread)) {
         parts_merge<SHAPE, HEAD_DIM>(slots, count, num_rows, output, thread);
     }
 }

@@ -260,6 +260,20 @@ static __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint3
                  : "memory");
 }
 
+/* ---- memory order ---- */
+
+/* Returns the value before. What the block wrote before its last barrier is visible to who acquires
+ * from this, and what others released to it is visible to the block after its next barrier. */
+static __device__ __forceinline__ int32_t add_acquire_release(int32_t *to, int32_t value)
+{
+    int32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(to), "r"(value)
+                 : "memory");
+    return before;
+}
+
 /* ---- arithmetic ---- */
 
 static __device__ __forceinline__ float exp2_approx(float x)
