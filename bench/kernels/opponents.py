@@ -17,7 +17,7 @@ HEADS, KV_HEADS, DIM, PAGE, SINK = 32, 8, 128, 64, 4
 PAGE_BYTES = 2 * PAGE * DIM * 2
 GROUP = HEADS // KV_HEADS
 SCALE = DIM**-0.5
-ROTATE_BYTES = 400e6  # K/V sets together: several times the L2 cache
+ROTATE_BYTES = 1500e6  # K/V sets together: many times the L2 cache
 
 
 # ---- What is counted ----

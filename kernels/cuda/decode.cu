@@ -26,6 +26,7 @@
 #define PASS_ROWS   8 /* of a tile, merged at a time */
 #define SMEM_MAX    (227 * 1024)
 #define STAGES_MAX  24
+#define EARLY_BYTES (64 * 1024) /* asked into L2 before the kernel before has ended */
 #define LN_2        0.69314718055994530942f
 #define LOG2_E      1.44269504088896340736f
 #define DEVICE_CALL static __device__ __forceinline__
@@ -84,6 +85,7 @@ template <int HEAD_DIM, bool E4M3> struct decode_shape {
     static constexpr int STAGE_BYTES = PAGE_BYTES + (int)sizeof(struct stage_info) + 16;
     static constexpr int STAGES_FIT = (SMEM_MAX - SCRATCH_BYTES - ITEMS_BYTES) / STAGE_BYTES;
     static constexpr int STAGES = STAGES_FIT < STAGES_MAX ? STAGES_FIT : STAGES_MAX;
+    static constexpr int EARLY_PAGES = EARLY_BYTES / PAGE_BYTES;
 
     /* Offsets in shared memory. */
     static constexpr int SCRATCH = STAGES * PAGE_BYTES;
@@ -164,12 +166,55 @@ DEVICE_CALL void item_send(const struct decode_params *p, uint8_t *slot_memory, 
     }
 }
 
+/* A page ref as a lane holds it. */
+struct lane_ref {
+    int2 page_variant;
+    int2 where; /* position, positions */
+    uint2 live;
+};
+
+/* Queues the copy of a page to a free stage. One lane. */
+template <class SHAPE, bool E4M3>
+DEVICE_CALL void page_send(const struct decode_params *p, const CUtensorMap *map, uint8_t *smem,
+                           uint32_t stage, const struct lane_ref &ref)
+{
+    struct stage_info *info = (struct stage_info *)(smem + SHAPE::INFO) + stage;
+    uint32_t base = smem_address(smem), full = base + SHAPE::FULL + stage * 8;
+
+    info->live = (uint64_t)ref.live.y << 32 | ref.live.x;
+    info->position = ref.where.x;
+    info->positions = ref.where.y;
+    info->variant = ref.page_variant.y;
+    barrier_arrive_expect(full, SHAPE::PAGE_BYTES);
+    tma_load_4d_once(base + stage * SHAPE::PAGE_BYTES, map, full, 0, 0, 0, ref.page_variant.x);
+    if (E4M3) {
+        copy_async_8(smem_address(&info->scale_k), p->scales + 2 * (size_t)ref.page_variant.x);
+        barrier_arrive_copies(full);
+    }
+}
+
+/* The same once the stage is free, by the lane that has the page; the stages move on. */
+template <class SHAPE, bool E4M3>
+DEVICE_CALL void page_send_in_turn(const struct decode_params *p, const CUtensorMap *map,
+                                   uint8_t *smem, uint32_t *stage, uint32_t *parity,
+                                   const struct lane_ref &ref, bool mine)
+{
+    if (mine) {
+        barrier_wait(smem_address(smem) + SHAPE::EMPTY + *stage * 8, *parity);
+        page_send<SHAPE, E4M3>(p, map, smem, *stage, ref);
+    }
+    __syncwarp();
+    if (++*stage == SHAPE::STAGES) {
+        *stage = 0;
+        *parity ^= 1;
+    }
+}
+
 template <class SHAPE, int HEAD_DIM, bool E4M3>
 DEVICE_CALL void produce(const struct decode_params *p, const CUtensorMap *map, uint8_t *smem,
                          struct plan_item item, uint32_t lane)
 {
     uint32_t base = smem_address(smem);
-    struct stage_info *info = (struct stage_info *)(smem + SHAPE::INFO);
     uint32_t stage = 0, parity = 1; /* an unused stage counts as released */
     uint32_t slot = 0, slot_parity = 1;
     int32_t index = blockIdx.x;
@@ -183,64 +228,53 @@ DEVICE_CALL void produce(const struct decode_params *p, const CUtensorMap *map, 
         }
         for (int32_t first = 0; first < max(item.pages, 1); first += 32) {
             int32_t pages = min(item.pages - first, 32);
-            int2 page_variant = make_int2(0, 0), where = make_int2(0, 0);
-            uint2 live = make_uint2(0, 0);
+            struct lane_ref ref = {};
 
             /* Lane i has page i. Plans are not written by the kernel before: no need to wait. */
             if ((int32_t)lane < pages) {
-                const int2 *ref = (const int2 *)(p->refs + item_ref(&item, first + lane));
+                const int2 *from = (const int2 *)(p->refs + item_ref(&item, first + lane));
 
-                page_variant = __ldg(ref);
-                where = __ldg(ref + 1);
-                live = __ldg((const uint2 *)(ref + 2));
+                ref.page_variant = __ldg(from);
+                ref.where = __ldg(from + 1);
+                ref.live = __ldg((const uint2 *)(from + 2));
             }
+            int32_t i = 0;
+
             if (!waited) {
-                /* What the stages take at first comes to L2 while the kernel before ends; that may
-                 * still write pages, but only what is loaded after the wait is used. */
-                if ((int32_t)lane < min(pages, SHAPE::STAGES)) {
-                    l2_prefetch(p->pages + (size_t)page_variant.x * SHAPE::PAGE_BYTES,
-                                SHAPE::PAGE_BYTES);
+                /* The first pages come to L2 while the kernel before ends; that may still write
+                 * pages, but only what is loaded after the wait is used. More would take from the
+                 * blocks that are behind. */
+                i = min(pages, SHAPE::STAGES);
+                if ((int32_t)lane < min(i, SHAPE::EARLY_PAGES)) {
+                    l2_prefetch_once(p->pages + (size_t)ref.page_variant.x * SHAPE::PAGE_BYTES,
+                                     SHAPE::PAGE_BYTES);
                 }
                 wait_previous_kernel();
                 waited = true;
-            }
-            bool sent = first > 0;
-
-#pragma unroll 1
-            for (int32_t i = 0; i < pages || !sent; i++) {
-                if ((int32_t)lane == i && i < pages) {
-                    uint32_t full = base + SHAPE::FULL + stage * 8;
-
-                    barrier_wait(base + SHAPE::EMPTY + stage * 8, parity);
-                    info[stage].live = (uint64_t)live.y << 32 | live.x;
-                    info[stage].position = where.x;
-                    info[stage].positions = where.y;
-                    info[stage].variant = page_variant.y;
-                    barrier_arrive_expect(full, SHAPE::PAGE_BYTES);
-                    tma_load_4d(base + stage * SHAPE::PAGE_BYTES, map, full, 0, 0, 0,
-                                page_variant.x);
-                    if (E4M3) {
-                        copy_async_8(smem_address(&info[stage].scale_k),
-                                     p->scales + 2 * (size_t)page_variant.x);
-                        barrier_arrive_copies(full);
-                    }
+                if ((int32_t)lane < i) { /* All stages are free. */
+                    page_send<SHAPE, E4M3>(p, map, smem, lane, ref);
                 }
                 __syncwarp();
-                if (i < pages && ++stage == SHAPE::STAGES) {
-                    stage = 0;
-                    parity ^= 1;
+                stage = i % SHAPE::STAGES;
+                parity ^= i == SHAPE::STAGES;
+            } else if (pages > 0) {
+                page_send_in_turn<SHAPE, E4M3>(p, map, smem, &stage, &parity, ref, lane == 0);
+                i = 1;
+            }
+            if (first == 0) { /* Behind the first page, which takes longer. */
+                barrier_wait(base + SHAPE::ITEM_EMPTY + slot * 8, slot_parity);
+                item_send<SHAPE, HEAD_DIM>(p, smem + SHAPE::ITEMS + slot * SHAPE::SLOT_BYTES,
+                                           base + SHAPE::ITEM_FULL + slot * 8, item, index,
+                                           __shfl_sync(~0u, ref.page_variant.y, 0), lane);
+                if (++slot == ITEM_SLOTS) {
+                    slot = 0;
+                    slot_parity ^= 1;
                 }
-                if (!sent) { /* Behind the first page, which takes longer. */
-                    barrier_wait(base + SHAPE::ITEM_EMPTY + slot * 8, slot_parity);
-                    item_send<SHAPE, HEAD_DIM>(p, smem + SHAPE::ITEMS + slot * SHAPE::SLOT_BYTES,
-                                               base + SHAPE::ITEM_FULL + slot * 8, item, index,
-                                               __shfl_sync(~0u, page_variant.y, 0), lane);
-                    if (++slot == ITEM_SLOTS) {
-                        slot = 0;
-                        slot_parity ^= 1;
-                    }
-                    sent = true;
-                }
+            }
+#pragma unroll 1
+            for (; i < pages; i++) {
+                page_send_in_turn<SHAPE, E4M3>(p, map, smem, &stage, &parity, ref,
+                                               (int32_t)lane == i);
             }
         }
         if (item.next < 0) {

@@ -91,6 +91,24 @@ static __device__ __forceinline__ void tma_load_4d(uint32_t to, const void *map,
                  : "memory");
 }
 
+/* For what is read once: it leaves L2 before what others may want again. */
+static __device__ __forceinline__ uint64_t l2_evict_first(void)
+{
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+static __device__ __forceinline__ void tma_load_4d_once(uint32_t to, const void *map,
+                                                        uint32_t barrier, int32_t x, int32_t y,
+                                                        int32_t z, int32_t w)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                 ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
+                 "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "l"(l2_evict_first())
+                 : "memory");
+}
+
 static __device__ __forceinline__ void copy_async_4(uint32_t to, const void *from)
 {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
@@ -113,9 +131,11 @@ static __device__ __forceinline__ void copy_async_8(uint32_t to, const void *fro
 }
 
 /* bytes: a multiple of 16 */
-static __device__ __forceinline__ void l2_prefetch(const void *from, uint32_t bytes)
+static __device__ __forceinline__ void l2_prefetch_once(const void *from, uint32_t bytes)
 {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(from),
+                 "r"(bytes), "l"(l2_evict_first())
+                 : "memory");
 }
 
 /* Ordinary stores to shared memory become visible to TMA and wgmma. */
