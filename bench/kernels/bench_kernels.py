@@ -14,7 +14,12 @@ out."""
 
 import argparse, gc, json, re, statistics, sys, time
 
-import torch
+try:
+    import torch
+except ImportError:
+    sys.exit("bench_kernels.py needs PyTorch with CUDA, on a machine with a GPU")
+if not torch.cuda.is_available():
+    sys.exit("bench_kernels.py: PyTorch finds no GPU; check the driver with nvidia-smi")
 
 import opponents as op
 import timing
