@@ -20,6 +20,8 @@ if [ "$(cat "$venv/installed" 2>/dev/null)" != "$version" ]; then
     /usr/bin/python3 -m venv "$venv"
     "$venv/bin/pip" install -q --disable-pip-version-check "${parts[@]/%/==$version.*}" >&2 ||
         { echo 'setup: cannot fetch the CUDA compiler: put nvcc 13.0 or later in PATH' >&2; exit 1; }
+    # Where nvcc tells the linker to look.
+    ln -sfn lib "$(echo "$venv"/lib/python3*/site-packages/nvidia/cu13)/lib64"
     printf '%s\n' "$version" >"$venv/installed"
 fi
 cd "$venv"/lib/python3*/site-packages/nvidia/cu13/bin
