@@ -226,14 +226,14 @@ def main():
         rounds=rounds,
     )
     if a.library:
-        try:
-            from ours import Ours
+        from ours import Ours
 
+        try:
             ours = Ours(a.library)
-            for shape, function in ours.checks():
-                check(OURS, shape, function, report)
-        except Exception as error:
-            report.put(who=OURS, what="load", error=repr(error)[:400])
+        except (OSError, AttributeError, RuntimeError) as error:
+            sys.exit(f"bench_kernels.py: {a.library} cannot be used: {error}")
+        for shape, function in ours.checks():
+            check(OURS, shape, function, report)
     if re.search(a.who, "cuDNN, two calls") and a.window != "jax":
         ran = check("cuDNN window", "S2048 W300", op.check_cudnn_window, report)
         a.window = a.window if ran else "jax"  # A weaker clock is better than no opponent.

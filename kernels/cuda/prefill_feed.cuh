@@ -143,17 +143,116 @@ template <int D> static __device__ __forceinline__ uint32_t matrix_bytes(int32_t
     return pages * RK_PAGE_TOKENS * D * 2;
 }
 
+/* Lowest and highest position of the item's rows. The whole warp. */
+static __device__ __forceinline__ struct query_span rows_span(const struct feed_buffer &buffer,
+                                                              int lane)
+{
+    struct query_span span = {INT32_MAX, -1};
+#pragma unroll
+    for (int i = 0; i < TILE_ROWS_PREFILL / 32; i++) {
+        if (lane + 32 * i < buffer.item.tokens) {
+            const int32_t position = buffer.positions[lane + 32 * i];
+            span.first = min(span.first, position);
+            span.last = max(span.last, position);
+        }
+    }
+    span.first = __reduce_min_sync(~0u, span.first);
+    span.last = __reduce_max_sync(~0u, span.last);
+    return span;
+}
+
+/* The item's queries of a variant, -1: none, and their meta. The whole warp. */
+template <int D>
+static __device__ __forceinline__ void feed_queries(struct prefill_shared<D> *shared,
+                                                    const struct prefill_arguments &a,
+                                                    const CUtensorMap *q_map,
+                                                    const struct feed_buffer &buffer,
+                                                    int32_t variant, uint32_t query, int lane)
+{
+    constexpr int HALVES = prefill_shared<D>::HALVES;
+    const struct plan_item &item = buffer.item;
+    const uint32_t s = query & 1;
+    const uint32_t full = smem_address(&shared->q_full[s]);
+    const int32_t per_half = (TILE_ROWS_PREFILL / 2) / a.group;
+    struct query_meta *meta = &shared->query_metas[query % QUERY_METAS];
+    barrier_wait(smem_address(&shared->q_empty[s]), ((query >> 1) & 1) ^ 1);
+#pragma unroll
+    for (int i = 0; i < TILE_ROWS_PREFILL / 32; i++) {
+        meta->positions[lane + 32 * i] = buffer.positions[lane + 32 * i];
+    }
+    if (lane < (int)(sizeof(struct plan_item) / 4)) {
+        ((int32_t *)&meta->item)[lane] = ((const int32_t *)&item)[lane];
+    }
+    __syncwarp();
+    if (lane != 0) {
+        return;
+    }
+    if (variant < 0) {
+        barrier_arrive(full);
+        return;
+    }
+    barrier_arrive_expect(full, 2 * HALVES * 128 * a.group * per_half);
+#pragma unroll
+    for (int i = 0; i < 2 * HALVES; i++) {
+        tma_load_3d(smem_address(shared->q[s]) + i * 8192, q_map, full, 64 * (i % HALVES),
+                    item.kv_head * a.group, variant * a.rows + item.row + (i / HALVES) * per_half);
+    }
+}
+
+/* Keys and the meta of a tile of `count` pages, flags without those of masks. The whole warp. */
+template <int D>
+static __device__ __forceinline__ void feed_keys(struct prefill_shared<D> *shared,
+                                                 const struct prefill_arguments &a,
+                                                 const CUtensorMap *page_map,
+                                                 const struct plan_item &item,
+                                                 const struct kernels_page_ref (&refs)[2],
+                                                 int32_t count, const struct query_span &span,
+                                                 uint32_t flags, uint32_t tile, int lane)
+{
+    constexpr int STAGES = prefill_shared<D>::STAGES;
+    const uint32_t s = tile % STAGES;
+    const uint32_t m = tile % prefill_shared<D>::METAS;
+    const uint32_t full = smem_address(&shared->k_full[s]);
+    const int32_t pages[2] = {refs[0].page, refs[1].page};
+    barrier_wait(smem_address(&shared->k_empty[s]), ((tile / STAGES) & 1) ^ 1);
+    if (lane == 0) {
+        load_pages<D>(shared->k[s], page_map, full, 0, count, pages);
+    }
+    /* While they travel: */
+    struct tile_meta *meta = &shared->tile_metas[m];
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+        struct kernels_page_ref ref = refs[p];
+        if (p >= count) { /* No page: dead rows, whatever lies in the stage. */
+            ref.live = 0;
+            ref.position = 0;
+            ref.positions = -1;
+        }
+        if (describe_page(meta, p, a, item, ref, span, lane)) {
+            flags |= p == 0 ? TILE_MASKED_0 : TILE_MASKED_1;
+        }
+    }
+    if (lane == 0) {
+        meta->window = item.window;
+        meta->count = count;
+        meta->page[0] = pages[0];
+        meta->page[1] = pages[1];
+        meta->flags = flags;
+    }
+    __syncwarp();
+    if (lane == 0) {
+        barrier_arrive_expect(full, matrix_bytes<D>(count));
+        barrier_arrive(smem_address(&shared->meta_full[m]));
+    }
+}
+
 /* Queries, keys and the meta of tiles. */
 template <int D>
 static __device__ void feed(struct prefill_shared<D> *shared, const struct prefill_arguments &a,
                             const CUtensorMap *q_map, const CUtensorMap *page_map, int lane)
 {
-    constexpr int HALVES = prefill_shared<D>::HALVES;
-    constexpr int STAGES = prefill_shared<D>::STAGES;
     uint32_t tile = 0;  /* counts tiles */
     uint32_t query = 0; /* counts stages of queries */
-    const int32_t per_half = (TILE_ROWS_PREFILL / 2) / a.group;
-
     int32_t index = blockIdx.x;
     int steps = 0; /* of the item to come: asked for 0 nothing, 1 the item, 2 all */
     for (uint32_t number = 0; index >= 0; number++) {
@@ -167,18 +266,8 @@ static __device__ void feed(struct prefill_shared<D> *shared, const struct prefi
         }
         asked_wait();
         const struct plan_item &item = buffer->item;
+        const struct query_span span = rows_span(*buffer, lane);
         index = item.next;
-        struct query_span span = {INT32_MAX, -1};
-#pragma unroll
-        for (int i = 0; i < TILE_ROWS_PREFILL / 32; i++) {
-            if (lane + 32 * i < item.tokens) {
-                const int32_t position = buffer->positions[lane + 32 * i];
-                span.first = min(span.first, position);
-                span.last = max(span.last, position);
-            }
-        }
-        span.first = __reduce_min_sync(~0u, span.first);
-        span.last = __reduce_max_sync(~0u, span.last);
         steps = 0;
         int32_t asked = 0; /* windows of refs: the last that was asked for, and that is here */
         int32_t here = 0;
@@ -192,81 +281,21 @@ static __device__ void feed(struct prefill_shared<D> *shared, const struct prefi
             if (page / FEED_REFS == asked && (asked + 1) * FEED_REFS < item.pages) {
                 refs_ask(buffer, a, ++asked, lane);
             }
-            const int32_t loads = min(2, item.pages - page); /* 0: an item without pages */
+            const int32_t left = min(2, item.pages - page); /* 0: an item without pages */
             const struct kernels_page_ref refs[2] = {ref_at(*buffer, page),
                                                      ref_at(*buffer, page + 1)};
-            const bool pair = loads == 2 && refs[1].variant == refs[0].variant;
+            const bool pair = left == 2 && refs[1].variant == refs[0].variant;
             const int32_t next = page + (pair ? 2 : 1);
             const bool last = next >= item.pages;
             const bool last_of_query = last || ref_at(*buffer, next).variant != refs[0].variant;
-
             if (new_query) {
-                const uint32_t s = query & 1;
-                barrier_wait(smem_address(&shared->q_empty[s]), ((query >> 1) & 1) ^ 1);
-                struct query_meta *meta = &shared->query_metas[query % QUERY_METAS];
-#pragma unroll
-                for (int i = 0; i < TILE_ROWS_PREFILL / 32; i++) {
-                    meta->positions[lane + 32 * i] = buffer->positions[lane + 32 * i];
-                }
-                if (lane < (int)(sizeof(struct plan_item) / 4)) {
-                    ((int32_t *)&meta->item)[lane] = ((const int32_t *)&item)[lane];
-                }
-                __syncwarp();
-                if (lane == 0) {
-                    const uint32_t barrier = smem_address(&shared->q_full[s]);
-                    if (loads == 0) {
-                        barrier_arrive(barrier);
-                    } else {
-                        const int32_t row = refs[0].variant * a.rows + item.row;
-                        barrier_arrive_expect(barrier, 2 * HALVES * 128 * a.group * per_half);
-#pragma unroll
-                        for (int i = 0; i < 2 * HALVES; i++) {
-                            tma_load_3d(smem_address(shared->q[s]) + i * 8192, q_map, barrier,
-                                        64 * (i % HALVES), item.kv_head * a.group,
-                                        row + (i / HALVES) * per_half);
-                        }
-                    }
-                }
-                query++;
+                feed_queries<D>(shared, a, q_map, *buffer, left == 0 ? -1 : refs[0].variant,
+                                query++, lane);
             }
-
-            const int32_t count = min(loads, pair ? 2 : 1);
-            const int32_t pages[2] = {refs[0].page, refs[1].page};
-            const uint32_t s = tile % STAGES;
-            const uint32_t full = smem_address(&shared->k_full[s]);
-            barrier_wait(smem_address(&shared->k_empty[s]), ((tile / STAGES) & 1) ^ 1);
-            if (lane == 0) {
-                load_pages<D>(shared->k[s], page_map, full, 0, count, pages);
-            }
-            /* While they travel: */
-            const uint32_t m = tile % prefill_shared<D>::METAS;
-            struct tile_meta *meta = &shared->tile_metas[m];
-            uint32_t masked = 0;
-#pragma unroll
-            for (int p = 0; p < 2; p++) {
-                struct kernels_page_ref ref = refs[p];
-                if (p >= count) { /* No page: dead rows, whatever lies in the stage. */
-                    ref.live = 0;
-                    ref.position = 0;
-                    ref.positions = -1;
-                }
-                if (describe_page(meta, p, a, item, ref, span, lane)) {
-                    masked |= p == 0 ? TILE_MASKED_0 : TILE_MASKED_1;
-                }
-            }
-            if (lane == 0) {
-                meta->window = item.window;
-                meta->count = count;
-                meta->page[0] = pages[0];
-                meta->page[1] = pages[1];
-                meta->flags = (new_query ? TILE_NEW_Q : 0) | (last_of_query ? TILE_LAST_OF_Q : 0) |
-                              masked | (last ? TILE_LAST : 0) | (last && index < 0 ? TILE_END : 0);
-            }
-            __syncwarp();
-            if (lane == 0) {
-                barrier_arrive_expect(full, matrix_bytes<D>(count));
-                barrier_arrive(smem_address(&shared->meta_full[m]));
-            }
+            feed_keys<D>(shared, a, page_map, item, refs, min(left, pair ? 2 : 1), span,
+                         (new_query ? TILE_NEW_Q : 0) | (last_of_query ? TILE_LAST_OF_Q : 0) |
+                             (last ? TILE_LAST : 0) | (last && index < 0 ? TILE_END : 0),
+                         tile++, lane);
             if (index >= 0 && steps < 2) {
                 if (steps++ == 0) {
                     item_ask(ahead, a, index, lane);
@@ -274,7 +303,6 @@ static __device__ void feed(struct prefill_shared<D> *shared, const struct prefi
                     rows_ask(ahead, a, lane);
                 }
             }
-            tile++;
             new_query = last_of_query;
             page = next;
         } while (page < item.pages);
