@@ -4,7 +4,7 @@
 #ifndef KERNELS_CUDA_DECODE_ATTEND_CUH
 #define KERNELS_CUDA_DECODE_ATTEND_CUH
 
-#include "kernels/cuda/decode_shared.cuh"
+#include "kernels/cuda/decode_internal.cuh"
 
 /* Running softmax of a warp, and its queries. Lane 4 * g + t has rows g and g + 8. */
 template <int HEAD_DIM> struct warp_state {

@@ -5,7 +5,7 @@
 #ifndef KERNELS_CUDA_DECODE_FEED_CUH
 #define KERNELS_CUDA_DECODE_FEED_CUH
 
-#include "kernels/cuda/decode_shared.cuh"
+#include "kernels/cuda/decode_internal.cuh"
 
 /* Queues the copies of an item, its positions and its queries to a slot. The whole warp. */
 template <class SHAPE, int HEAD_DIM>

@@ -5,7 +5,7 @@
 #ifndef KERNELS_CUDA_PREFILL_FEED_CUH
 #define KERNELS_CUDA_PREFILL_FEED_CUH
 
-#include "kernels/cuda/prefill_shared.cuh"
+#include "kernels/cuda/prefill_internal.cuh"
 
 static __device__ __forceinline__ int32_t ref_index(const struct plan_item &item, int32_t page)
 {

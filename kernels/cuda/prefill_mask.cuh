@@ -4,7 +4,7 @@
 #ifndef KERNELS_CUDA_PREFILL_MASK_CUH
 #define KERNELS_CUDA_PREFILL_MASK_CUH
 
-#include "kernels/cuda/prefill_shared.cuh"
+#include "kernels/cuda/prefill_internal.cuh"
 
 /* How many of a page's positions, which ascend, are below `limit`. */
 static __device__ __forceinline__ int32_t positions_below(const int32_t *positions, int32_t limit)

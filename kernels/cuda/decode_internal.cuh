@@ -1,9 +1,9 @@
 /*
- * decode_shared: what the warps of the decode kernel tell each other, and where it
+ * decode_internal: what the warps of the decode kernel tell each other, and where it
  * stands in shared memory.
  */
-#ifndef KERNELS_CUDA_DECODE_SHARED_CUH
-#define KERNELS_CUDA_DECODE_SHARED_CUH
+#ifndef KERNELS_CUDA_DECODE_INTERNAL_CUH
+#define KERNELS_CUDA_DECODE_INTERNAL_CUH
 
 #include "kernels/cuda/cuda_internal.h"
 #include "kernels/cuda/ptx.cuh"

@@ -1,9 +1,9 @@
 /*
- * prefill_shared: what the warps of the prefill kernel tell each other, and where
+ * prefill_internal: what the warps of the prefill kernel tell each other, and where
  * it stands in shared memory.
  */
-#ifndef KERNELS_CUDA_PREFILL_SHARED_CUH
-#define KERNELS_CUDA_PREFILL_SHARED_CUH
+#ifndef KERNELS_CUDA_PREFILL_INTERNAL_CUH
+#define KERNELS_CUDA_PREFILL_INTERNAL_CUH
 
 #include "kernels/cuda/cuda_internal.h"
 #include "kernels/cuda/ptx.cuh"
