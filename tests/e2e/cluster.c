@@ -179,6 +179,27 @@ static void define_worker(struct cluster *cluster, const struct cluster_options 
     process_more(worker, options->worker_args);
 }
 
+static void define_store(struct cluster *cluster, const struct cluster_options *options,
+                         struct process *store, uint32_t index, char address[32], char metrics[32],
+                         char socket[160])
+{
+    char *name = cluster->names[CLUSTER_WORKERS_MAX + 2 + index];
+    (void)snprintf(name, sizeof(cluster->names[0]), "store-%u", index);
+    (void)snprintf(socket, 160, "%s/%s.sock", cluster->folder, name);
+    address_make(options, address);
+    address_make(options, metrics);
+    process_define(store, cluster, name, "redknot-kvstore");
+    process_arguments(store, "--listen", address, "--metrics", metrics, "--coordinator",
+                      cluster->coordinator_address, "--dram",
+                      options->dram ? options->dram : "1GiB", "--shm-socket", socket, "--node-id",
+                      name, NULL);
+    if (options->store_faults) {
+        process_arguments(store, "--enable-fault-injection", NULL);
+    }
+    process_more(store, options->store_args);
+    store->netns = options->netns;
+}
+
 void cluster_start(struct cluster *cluster, const struct cluster_options *options)
 {
     memset(cluster, 0, sizeof(*cluster));
@@ -186,37 +207,34 @@ void cluster_start(struct cluster *cluster, const struct cluster_options *option
                    getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp");
     assert_non_null(mkdtemp(cluster->folder));
     (void)snprintf(cluster->data, sizeof(cluster->data), "%s/data", cluster->folder);
-    (void)snprintf(cluster->store_socket, sizeof(cluster->store_socket), "%s/store.sock",
-                   cluster->folder);
     address_make(options, cluster->coordinator_address);
     address_make(options, cluster->coordinator_metrics);
-    address_make(options, cluster->store_address);
-    address_make(options, cluster->store_metrics);
 
     process_define(&cluster->coordinator, cluster, "coordinator", "redknot-coordinator");
     process_arguments(&cluster->coordinator, "--listen", cluster->coordinator_address, "--data",
                       cluster->data, "--metrics", cluster->coordinator_metrics, NULL);
-    process_define(&cluster->store, cluster, "store", "redknot-kvstore");
-    process_arguments(&cluster->store, "--listen", cluster->store_address, "--metrics",
-                      cluster->store_metrics, "--coordinator", cluster->coordinator_address,
-                      "--dram", options->dram ? options->dram : "1GiB", "--shm-socket",
-                      cluster->store_socket, "--node-id", "store-0", NULL);
-    if (options->store_faults) {
-        process_arguments(&cluster->store, "--enable-fault-injection", NULL);
-    }
-    process_more(&cluster->store, options->store_args);
     cluster->coordinator.netns = options->netns;
-    cluster->store.netns = options->netns;
+    define_store(cluster, options, &cluster->store, 0, cluster->store_address,
+                 cluster->store_metrics, cluster->store_socket);
+    cluster->num_stores = options->num_stores > 0 ? options->num_stores : 1;
+    for (uint32_t i = 1; i < cluster->num_stores; i++) {
+        define_store(cluster, options, &cluster->more_stores[i - 1], i,
+                     cluster->more_store_addresses[i - 1], cluster->more_store_metrics[i - 1],
+                     cluster->more_store_sockets[i - 1]);
+    }
     cluster->num_workers = options->num_workers;
     for (uint32_t i = 0; i < options->num_workers; i++) {
         define_worker(cluster, options, i);
     }
     process_start(&cluster->coordinator);
     process_start(&cluster->store);
+    for (uint32_t i = 1; i < cluster->num_stores; i++) {
+        process_start(&cluster->more_stores[i - 1]);
+    }
     for (uint32_t i = 0; i < options->num_workers; i++) {
         process_start(&cluster->workers[i]);
     }
-    cluster_wait(cluster, 1, options->num_workers);
+    cluster_wait(cluster, cluster->num_stores, options->num_workers);
 }
 
 static bool count_nodes(struct rk_client *client, uint32_t *ret_stores, uint32_t *ret_workers)
@@ -246,6 +264,9 @@ void cluster_wait(struct cluster *cluster, uint32_t stores, uint32_t workers)
         if (rk_deadline_left_ms(deadline) == 0) {
             print_log(&cluster->coordinator);
             print_log(&cluster->store);
+            for (uint32_t i = 1; i < cluster->num_stores; i++) {
+                print_log(&cluster->more_stores[i - 1]);
+            }
             for (uint32_t i = 0; i < cluster->num_workers; i++) {
                 print_log(&cluster->workers[i]);
             }
@@ -278,6 +299,9 @@ void cluster_stop(struct cluster *cluster)
         stop_process(&cluster->workers[i]);
     }
     stop_process(&cluster->store);
+    for (uint32_t i = 1; i < cluster->num_stores; i++) {
+        stop_process(&cluster->more_stores[i - 1]);
+    }
     stop_process(&cluster->coordinator);
     (void)snprintf(command, sizeof(command), "rm -rf '%s'", cluster->folder);
     assert_int_equal(system(command), 0);

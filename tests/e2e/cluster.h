@@ -1,6 +1,6 @@
 /*
  * cluster: a real cluster of processes for the end-to-end tests: a coordinator,
- * one store and some workers, each on ports of its own, on loopback or in a
+ * one store or several, and some workers, each on ports of its own, on loopback or in a
  * network namespace, in a temporary folder that goes when the cluster does. A
  * failure to start aborts the test with the process's log.
  */
@@ -14,6 +14,7 @@
 #include <sys/types.h>
 
 #define CLUSTER_WORKERS_MAX 4
+#define CLUSTER_STORES_MAX  3
 
 struct process {
     pid_t pid; /* 0: not running */
@@ -25,28 +26,34 @@ struct process {
 struct cluster {
     char folder[128];
     struct process coordinator;
-    struct process store;
+    struct process store;                               /* store-0 */
+    struct process more_stores[CLUSTER_STORES_MAX - 1]; /* store-1, store-2 */
     struct process workers[CLUSTER_WORKERS_MAX];
     uint32_t num_workers;
+    uint32_t num_stores;
     char coordinator_address[32];
     char coordinator_metrics[32];
     char store_address[32];
     char store_metrics[32];
     char store_socket[160];
+    char more_store_addresses[CLUSTER_STORES_MAX - 1][32];
+    char more_store_metrics[CLUSTER_STORES_MAX - 1][32];
+    char more_store_sockets[CLUSTER_STORES_MAX - 1][160];
     char worker_addresses[CLUSTER_WORKERS_MAX][32];
     char worker_metrics[CLUSTER_WORKERS_MAX][32];
     char data[160];
-    char names[CLUSTER_WORKERS_MAX + 2][24];
+    char names[CLUSTER_WORKERS_MAX + 2 + CLUSTER_STORES_MAX][24];
 };
 
 struct cluster_options {
     uint32_t num_workers;
-    const char *mode;  /* "f32" or "bf16"; NULL: the CPU's best */
-    const char *dram;  /* NULL: "1GiB" */
-    const char *path;  /* worker's read path; NULL: auto */
-    const char *host;  /* where all listen; NULL: "127.0.0.1" */
-    const char *netns; /* of coordinator and store; NULL: that of the test */
-    bool store_faults; /* SIGUSR1 to the store flips a byte */
+    uint32_t num_stores; /* 0: 1 */
+    const char *mode;    /* "f32" or "bf16"; NULL: the CPU's best */
+    const char *dram;    /* NULL: "1GiB" */
+    const char *path;    /* worker's read path; NULL: auto */
+    const char *host;    /* where all listen; NULL: "127.0.0.1" */
+    const char *netns;   /* of coordinator and store; NULL: that of the test */
+    bool store_faults;   /* SIGUSR1 to a store flips a byte */
     /* More options for each; the list ends with NULL. NULL: none. */
     const char *const *store_args;
     const char *const *worker_args;
