@@ -42,7 +42,11 @@ static enum rk_status path_put_begin(void *context, enum rk_path path, const voi
     struct kvstore_service *service = context;
     struct ProtobufCMessage *message = NULL;
     enum rk_status status =
-        rk_rpc_message_unpack(head, head_bytes, &redknot__v1__put_item__descriptor, &message);
+        rk_rpc_message_check_text(head, head_bytes, &redknot__v1__put_item__descriptor, error);
+    if (status != RK_OK) {
+        return status;
+    }
+    status = rk_rpc_message_unpack(head, head_bytes, &redknot__v1__put_item__descriptor, &message);
     if (status != RK_OK) {
         return rk_error_set(error, status, "what describes an item is no PutItem");
     }

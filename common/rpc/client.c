@@ -168,7 +168,7 @@ static enum rk_status unary_reply(struct unary *unary, const struct rk_rpc_chann
                             channel->address);
     }
     struct rpc_scratch scratch = {0};
-    status = rpc_message_unpack(unary->reply, type, &scratch, ret_reply);
+    status = rpc_message_unpack(unary->reply, type, &scratch, ret_reply, NULL);
     rk_free(scratch.data);
     if (status != RK_OK) {
         (void)rk_error_set(error, status, "the reply to %s from %s cannot be read: %s", path,

@@ -82,10 +82,18 @@ static enum rk_status message_join(grpc_byte_buffer_reader *reader, grpc_slice f
     return status == RK_OK && used != bytes ? RK_ERR_INVALID : status;
 }
 
+static enum rk_status message_take(const void *data, size_t bytes,
+                                   const struct ProtobufCMessageDescriptor *type,
+                                   struct ProtobufCMessage **ret_message, struct rk_error *refusal)
+{
+    enum rk_status status = refusal ? rk_rpc_message_check_text(data, bytes, type, refusal) : RK_OK;
+    return status == RK_OK ? rk_rpc_message_unpack(data, bytes, type, ret_message) : status;
+}
+
 enum rk_status rpc_message_unpack(grpc_byte_buffer *buffer,
                                   const struct ProtobufCMessageDescriptor *type,
                                   struct rpc_scratch *scratch,
-                                  struct ProtobufCMessage **ret_message)
+                                  struct ProtobufCMessage **ret_message, struct rk_error *refusal)
 {
     static const uint8_t nothing[1];
     size_t bytes = grpc_byte_buffer_length(buffer);
@@ -103,12 +111,12 @@ enum rk_status rpc_message_unpack(grpc_byte_buffer *buffer,
     grpc_slice slice;
     if (grpc_byte_buffer_reader_next(&reader, &slice)) {
         if (GRPC_SLICE_LENGTH(slice) == bytes) {
-            status = rk_rpc_message_unpack(GRPC_SLICE_START_PTR(slice), bytes, type, ret_message);
+            status = message_take(GRPC_SLICE_START_PTR(slice), bytes, type, ret_message, refusal);
             grpc_slice_unref(slice);
         } else {
             status = message_join(&reader, slice, bytes, scratch);
             if (status == RK_OK) {
-                status = rk_rpc_message_unpack(scratch->data, bytes, type, ret_message);
+                status = message_take(scratch->data, bytes, type, ret_message, refusal);
             }
         }
     }

@@ -66,7 +66,8 @@ void rk_rpc_server_destroy(struct rk_rpc_server *server); /* stops if needed; ac
 
 /* Next request message, unpacked; caller frees it with rk_rpc_message_free.
  * RK_ERR_NOT_FOUND: the client sent its last one. RK_ERR_INVALID: not this
- * message. RK_ERR_CANCELLED, RK_ERR_DEADLINE. */
+ * message, or one with a string that is no text (see rk_rpc_message_check_text); the call then
+ * ends with a sentence about it unless the handler has one. RK_ERR_CANCELLED, RK_ERR_DEADLINE. */
 RK_MUST_CHECK enum rk_status rk_rpc_call_recv(struct rk_rpc_call *call,
                                               const struct ProtobufCMessageDescriptor *type,
                                               struct ProtobufCMessage **ret_message);
@@ -150,5 +151,11 @@ RK_MUST_CHECK enum rk_status rk_rpc_message_unpack(const void *data, size_t byte
                                                    const struct ProtobufCMessageDescriptor *type,
                                                    struct ProtobufCMessage **ret_message);
 void rk_rpc_message_free(struct ProtobufCMessage *message); /* accepts NULL */
+/* RK_ERR_INVALID, and a sentence, when a string of the message, or of one inside it, is not UTF-8
+ * or holds a NUL: unpacked it would be cut there. rk_rpc_call_recv does this for every request;
+ * for bytes that came another way it is done before rk_rpc_message_unpack. */
+RK_MUST_CHECK enum rk_status rk_rpc_message_check_text(
+    const void *data, size_t bytes, const struct ProtobufCMessageDescriptor *type,
+    struct rk_error *error);
 
 #endif

@@ -101,10 +101,13 @@ RK_MUST_CHECK enum rk_status rpc_message_pack(const struct ProtobufCMessage *mes
 RK_MUST_CHECK enum rk_status rpc_parts_pack(const struct rk_rpc_part *parts, size_t num_parts,
                                             void (*release)(void *release_context),
                                             void *release_context, grpc_byte_buffer **ret_buffer);
+/* refusal: of a request, whose strings are checked, for the sentence; NULL for a reply. */
 RK_MUST_CHECK enum rk_status rpc_message_unpack(grpc_byte_buffer *buffer,
                                                 const struct ProtobufCMessageDescriptor *type,
                                                 struct rpc_scratch *scratch,
-                                                struct ProtobufCMessage **ret_message);
+                                                struct ProtobufCMessage **ret_message,
+                                                struct rk_error *refusal);
+
 /* ---- Status on the wire (wire_status.c) ---- */
 
 #define RPC_STATUS_KEY "redknot-status"

@@ -52,6 +52,7 @@ static void call_reset(struct rk_rpc_call *call)
     call->held = NULL;
     call->received = NULL;
     call->recv_started = false;
+    call->refusal.text[0] = '\0';
     call->next = NULL;
 }
 
@@ -180,7 +181,7 @@ enum rk_status rk_rpc_call_recv(struct rk_rpc_call *call,
     if (ok && buffer && bytes_max > 0 && grpc_byte_buffer_length(buffer) > bytes_max) {
         status = RK_ERR_TOO_LONG;
     } else if (ok && buffer) {
-        status = rpc_message_unpack(buffer, type, &call->scratch, ret_message);
+        status = rpc_message_unpack(buffer, type, &call->scratch, ret_message, &call->refusal);
     } else {
         status = ok ? call_end_of_requests(call) : call_failure(call);
     }
@@ -277,7 +278,9 @@ void rpc_call_end(struct rk_rpc_call *call, enum rk_status status, const char *t
     char message[sizeof(((struct rk_error *)0)->text)] = "";
     if (status != RK_OK) {
         (void)snprintf(message, sizeof(message), "%s",
-                       text[0] != '\0' ? text : rk_status_text(status));
+                       text[0] != '\0'         ? text
+                       : call->refusal.text[0] ? call->refusal.text
+                                               : rk_status_text(status));
         rpc_text_clean(message);
     }
     grpc_slice details = grpc_slice_from_copied_string(message);

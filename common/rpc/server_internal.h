@@ -43,6 +43,7 @@ struct rk_rpc_call {
     grpc_byte_buffer *received; /* by the batch under way, or not taken yet */
     bool recv_started;
     struct rpc_scratch scratch;
+    struct rk_error refusal; /* of a request that was not taken */
     struct rk_rpc_call *next;
 };
 

@@ -225,7 +225,7 @@ enum rk_status rk_rpc_stream_recv(struct rk_rpc_stream *stream,
     if (!buffer) {
         return RK_ERR_NOT_FOUND;
     }
-    enum rk_status status = rpc_message_unpack(buffer, type, &stream->scratch, ret_message);
+    enum rk_status status = rpc_message_unpack(buffer, type, &stream->scratch, ret_message, NULL);
     grpc_byte_buffer_destroy(buffer);
     return status;
 }
