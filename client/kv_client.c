@@ -47,6 +47,12 @@ void rk_kv_client_destroy(struct rk_kv_client *client)
     rk_free(client);
 }
 
+struct rk_until rk_kv_metadata_until(const struct rk_kv_client *client,
+                                     const struct rk_until *until)
+{
+    return rk_until_sooner(until, rk_deadline_in_ms(client->timeout_ms));
+}
+
 void rk_kv_endpoint_clear(struct rk_kv_endpoint *endpoint)
 {
     rk_free(endpoint->node_id);
@@ -222,7 +228,8 @@ static enum rk_status location_take(const Redknot__V1__LocateReply *reply,
 /* One Locate call. RK_OK also when the coordinator does not answer. */
 static enum rk_status locate_batch(struct rk_kv_client *client, const struct rk_id *fingerprint,
                                    const struct rk_id *ids, size_t num_ids, bool with_token_ids,
-                                   struct rk_kv_location *locations, struct rk_error *error)
+                                   const struct rk_until *until, struct rk_kv_location *locations,
+                                   struct rk_error *error)
 {
     Redknot__V1__LocateRequest request = REDKNOT__V1__LOCATE_REQUEST__INIT;
     Redknot__V1__LocateReply *reply = NULL;
@@ -241,9 +248,10 @@ static enum rk_status locate_batch(struct rk_kv_client *client, const struct rk_
     struct rk_error why = {.status = RK_OK};
     enum rk_status status = RK_ERR_UNAVAILABLE;
     if (rk_clock_ns() >= atomic_load(&client->coordinator_down_until_ns)) {
-        status = rk_rpc_unary(client->coordinator, "/redknot.v1.Coordinator/Locate", &request.base,
-                              &redknot__v1__locate_reply__descriptor, client->timeout_ms,
-                              (ProtobufCMessage **)&reply, &why);
+        struct rk_until soon = rk_kv_metadata_until(client, until);
+        status = rk_rpc_unary_until(client->coordinator, "/redknot.v1.Coordinator/Locate",
+                                    &request.base, &redknot__v1__locate_reply__descriptor, &soon,
+                                    (ProtobufCMessage **)&reply, &why);
         if (status == RK_ERR_UNAVAILABLE || status == RK_ERR_DEADLINE) {
             atomic_store(&client->coordinator_down_until_ns, rk_deadline_in_ms(RK_KV_BACKOFF_MS));
         }
@@ -253,6 +261,9 @@ static enum rk_status locate_batch(struct rk_kv_client *client, const struct rk_
         }
     }
     rk_free(names);
+    if (status == RK_ERR_CANCELLED) {
+        return rk_error_set(error, status, "locating segments: %s", why.text);
+    }
     if (status != RK_OK || reply->n_locations != num_ids) {
         for (size_t i = 0; i < num_ids; i++) {
             locations[i].status = RK_MISS_NODE_DOWN;
@@ -273,7 +284,8 @@ static enum rk_status locate_batch(struct rk_kv_client *client, const struct rk_
 
 enum rk_status rk_kv_locate(struct rk_kv_client *client, const struct rk_id *fingerprint,
                             const struct rk_id *ids, size_t num_ids, bool with_token_ids,
-                            struct rk_kv_location *ret_locations, struct rk_error *error)
+                            const struct rk_until *until, struct rk_kv_location *ret_locations,
+                            struct rk_error *error)
 {
     for (size_t i = 0; i < num_ids; i++) {
         ret_locations[i] =
@@ -285,7 +297,7 @@ enum rk_status rk_kv_locate(struct rk_kv_client *client, const struct rk_id *fin
             count = RK_KV_BATCH_IDS_MAX;
         }
         enum rk_status status = locate_batch(client, fingerprint, ids + begin, count,
-                                             with_token_ids, ret_locations + begin, error);
+                                             with_token_ids, until, ret_locations + begin, error);
         if (status != RK_OK) {
             rk_kv_locations_free(ret_locations, num_ids);
             return status;
@@ -295,7 +307,8 @@ enum rk_status rk_kv_locate(struct rk_kv_client *client, const struct rk_id *fin
 }
 
 enum rk_status rk_kv_drop(struct rk_kv_client *client, const struct rk_id *ids, size_t num_ids,
-                          uint32_t *ret_dropped, struct rk_error *error)
+                          const struct rk_until *until, uint32_t *ret_dropped,
+                          struct rk_error *error)
 {
     uint32_t dropped = 0;
     for (size_t begin = 0; begin < num_ids; begin += RK_KV_BATCH_IDS_MAX) {
@@ -314,10 +327,10 @@ enum rk_status rk_kv_drop(struct rk_kv_client *client, const struct rk_id *ids, 
         }
         request.n_segment_ids = count;
         request.segment_ids = names;
-        enum rk_status status =
-            rk_rpc_unary(client->coordinator, "/redknot.v1.Coordinator/Drop", &request.base,
-                         &redknot__v1__drop_reply__descriptor, client->timeout_ms,
-                         (ProtobufCMessage **)&reply, error);
+        struct rk_until soon = rk_kv_metadata_until(client, until);
+        enum rk_status status = rk_rpc_unary_until(
+            client->coordinator, "/redknot.v1.Coordinator/Drop", &request.base,
+            &redknot__v1__drop_reply__descriptor, &soon, (ProtobufCMessage **)&reply, error);
         rk_free(names);
         if (status != RK_OK) {
             rk_error_prefix(error, "dropping segments at coordinator %s", client->address);

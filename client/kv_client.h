@@ -5,7 +5,9 @@
  * A put is two-phase (Place, write, Commit): visible all or not at all. A get
  * gives pages in place when the store is on this host. A miss is a status
  * RK_MISS_* with a reason; a coordinator or store that is down is a miss, never
- * a hang: every call has a deadline.
+ * a hang: every call ends with its caller's `until`, RK_ERR_CANCELLED if that
+ * was cancelled. One until serves a whole request: what is left of it is what
+ * the next call gets.
  *
  * Threads: any thread may call; calls on one client run side by side (a
  * transport connection per calling thread is taken from a bounded pool).
@@ -16,13 +18,14 @@
 #include "common/base/id.h"
 #include "common/base/kv_layout.h"
 #include "common/base/status.h"
+#include "common/base/until.h"
 #include "common/transport/transport.h"
 
 struct rk_kv_client;
 
 struct rk_kv_client_options {
     const char *coordinator; /* "127.0.0.1:7100" */
-    int timeout_ms;          /* metadata calls, 0: 2,000 */
+    int timeout_ms;          /* a metadata call takes at most, 0: 2,000 */
     enum rk_path path;       /* RK_PATH_NONE: the nearest */
 };
 
@@ -46,6 +49,7 @@ struct rk_kv_location {
 RK_MUST_CHECK enum rk_status rk_kv_locate(struct rk_kv_client *client,
                                           const struct rk_id *fingerprint, const struct rk_id *ids,
                                           size_t num_ids, bool with_token_ids,
+                                          const struct rk_until *until,
                                           struct rk_kv_location *ret_locations,
                                           struct rk_error *error);
 void rk_kv_locations_free(struct rk_kv_location *locations, size_t count);
@@ -64,7 +68,7 @@ RK_MUST_CHECK enum rk_status rk_kv_get(struct rk_kv_client *client, const struct
                                        const struct rk_kv_layout *layout,
                                        const struct rk_kv_location *location,
                                        const struct rk_extent *extents, size_t num_extents,
-                                       int timeout_ms, struct rk_kv_pages *ret_pages,
+                                       const struct rk_until *until, struct rk_kv_pages *ret_pages,
                                        struct rk_error *error);
 void rk_kv_release(struct rk_kv_client *client, struct rk_kv_pages *pages);
 
@@ -81,10 +85,11 @@ struct rk_kv_put {
     const uint64_t *checksums;
 };
 RK_MUST_CHECK enum rk_status rk_kv_put(struct rk_kv_client *client, const struct rk_kv_put *put,
-                                       int timeout_ms, bool *ret_already, struct rk_error *error);
+                                       const struct rk_until *until, bool *ret_already,
+                                       struct rk_error *error);
 
 RK_MUST_CHECK enum rk_status rk_kv_drop(struct rk_kv_client *client, const struct rk_id *ids,
-                                        size_t num_ids, uint32_t *ret_dropped,
-                                        struct rk_error *error);
+                                        size_t num_ids, const struct rk_until *until,
+                                        uint32_t *ret_dropped, struct rk_error *error);
 
 #endif

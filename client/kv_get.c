@@ -88,7 +88,7 @@ static enum rk_status check_extents(const struct rk_kv_layout *layout, uint32_t 
     return RK_OK;
 }
 
-static enum rk_status as_miss(enum rk_status status)
+enum rk_status rk_kv_as_miss(enum rk_status status)
 {
     if (status == RK_ERR_UNAVAILABLE) {
         return RK_MISS_NODE_DOWN;
@@ -98,7 +98,7 @@ static enum rk_status as_miss(enum rk_status status)
 
 /* Asks the shard, then its replicas while nodes are down. */
 static enum rk_status shard_get(struct rk_kv_client *client, const struct rk_kv_shards *shards,
-                                uint32_t shard, struct rk_get *get, int64_t deadline_ns,
+                                uint32_t shard, struct rk_get *get, const struct rk_until *until,
                                 struct hold_part *ret_part, struct rk_error *error)
 {
     enum rk_status status = RK_MISS_NODE_DOWN;
@@ -110,10 +110,10 @@ static enum rk_status shard_get(struct rk_kv_client *client, const struct rk_kv_
         struct hold_part part = {.connection = NULL};
         get->generation = replica->generation;
         get->shard_index = replica->shard_index;
-        status = rk_kv_pool_acquire(client->pool, &replica->endpoint, deadline_ns, &part.connection,
-                                    error);
+        status =
+            rk_kv_pool_acquire(client->pool, &replica->endpoint, until, &part.connection, error);
         if (status == RK_OK) {
-            status = rk_kv_pool_get(client->pool, part.connection, get, 1, deadline_ns, &part.pages,
+            status = rk_kv_pool_get(client->pool, part.connection, get, 1, until, &part.pages,
                                     &part.path, error);
         }
         if (status == RK_OK && part.pages.status == RK_OK) {
@@ -124,8 +124,8 @@ static enum rk_status shard_get(struct rk_kv_client *client, const struct rk_kv_
             status = part.pages.status;
             rk_kv_pool_release(client->pool, part.connection, &part.pages, 1);
         }
-        status = as_miss(status);
-        if (status == RK_MISS_DEADLINE && rk_deadline_left_ms(deadline_ns) == 0) {
+        status = rk_kv_as_miss(status);
+        if (status == RK_ERR_CANCELLED || rk_until_over(until) != RK_OK) {
             return status;
         }
     }
@@ -136,7 +136,7 @@ static enum rk_status shard_get(struct rk_kv_client *client, const struct rk_kv_
 static enum rk_status get_owned(struct rk_kv_client *client, const struct rk_kv_shards *shards,
                                 uint32_t shard, const struct rk_extent *extents, size_t num_extents,
                                 const uint32_t *owners, struct rk_extent *mine, struct rk_get *get,
-                                int64_t deadline_ns, struct hold_part *ret_part,
+                                const struct rk_until *until, struct hold_part *ret_part,
                                 struct rk_error *error)
 {
     size_t count = 0;
@@ -147,14 +147,15 @@ static enum rk_status get_owned(struct rk_kv_client *client, const struct rk_kv_
     }
     get->extents = mine;
     get->num_extents = count;
-    return shard_get(client, shards, shard, get, deadline_ns, ret_part, error);
+    return shard_get(client, shards, shard, get, until, ret_part, error);
 }
 
 /* Asks every shard that owns an extent; slots[shard] becomes its index in hold->parts. */
 static enum rk_status get_all(struct rk_kv_client *client, const struct rk_kv_shards *shards,
                               const struct rk_extent *extents, size_t num_extents,
                               const uint32_t *owners, uint32_t *slots, struct rk_get *get,
-                              int64_t deadline_ns, struct hold *hold, struct rk_error *error)
+                              const struct rk_until *until, struct hold *hold,
+                              struct rk_error *error)
 {
     struct rk_extent *mine = rk_alloc_zero(num_extents, sizeof(*mine));
     if (!mine) {
@@ -169,7 +170,7 @@ static enum rk_status get_all(struct rk_kv_client *client, const struct rk_kv_sh
             continue;
         }
         status = get_owned(client, shards, owners[i], extents, num_extents, owners, mine, get,
-                           deadline_ns, &hold->parts[hold->count], error);
+                           until, &hold->parts[hold->count], error);
         if (status == RK_OK) {
             slots[owners[i]] = hold->count++;
         }
@@ -223,8 +224,9 @@ static enum rk_status check_location(const struct rk_kv_location *location,
 
 enum rk_status rk_kv_get(struct rk_kv_client *client, const struct rk_id *fingerprint,
                          const struct rk_kv_layout *layout, const struct rk_kv_location *location,
-                         const struct rk_extent *extents, size_t num_extents, int timeout_ms,
-                         struct rk_kv_pages *ret_pages, struct rk_error *error)
+                         const struct rk_extent *extents, size_t num_extents,
+                         const struct rk_until *until, struct rk_kv_pages *ret_pages,
+                         struct rk_error *error)
 {
     enum rk_status status = check_location(location, fingerprint, layout);
     if (status != RK_OK) {
@@ -245,7 +247,6 @@ enum rk_status rk_kv_get(struct rk_kv_client *client, const struct rk_id *finger
     uint32_t *slots = rk_alloc_zero(shards->count, sizeof(*slots));
     struct hold *hold = rk_alloc_zero(1, sizeof(*hold) + shards->count * sizeof(struct hold_part));
     pages.pages = rk_alloc_zero(pages.num_pages, sizeof(*pages.pages));
-    int64_t deadline_ns = rk_deadline_in_ms(timeout_ms > 0 ? timeout_ms : client->timeout_ms);
     struct rk_get get = {.id = location->segment_id,
                          .fingerprint = *fingerprint,
                          .page_bytes = (uint32_t)rk_kv_page_bytes(layout)};
@@ -255,8 +256,8 @@ enum rk_status rk_kv_get(struct rk_kv_client *client, const struct rk_id *finger
     }
     status = extents_assign(shards, extents, num_extents, owners);
     if (status == RK_OK) {
-        status = get_all(client, shards, extents, num_extents, owners, slots, &get, deadline_ns,
-                         hold, error);
+        status =
+            get_all(client, shards, extents, num_extents, owners, slots, &get, until, hold, error);
     }
     if (status != RK_OK) {
         goto fail;

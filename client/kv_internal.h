@@ -62,7 +62,7 @@ void rk_kv_pool_destroy(struct rk_kv_pool *pool); /* accepts NULL */
  * once while the node is in its back-off. */
 RK_MUST_CHECK enum rk_status rk_kv_pool_acquire(struct rk_kv_pool *pool,
                                                 const struct rk_kv_endpoint *endpoint,
-                                                int64_t deadline_ns,
+                                                const struct rk_until *until,
                                                 struct rk_kv_connection **ret_connection,
                                                 struct rk_error *error);
 /* Gets a batch and, on RK_OK, registers the hold on it. Then the connection is free for the next
@@ -70,8 +70,9 @@ RK_MUST_CHECK enum rk_status rk_kv_pool_acquire(struct rk_kv_pool *pool,
 RK_MUST_CHECK enum rk_status rk_kv_pool_get(struct rk_kv_pool *pool,
                                             struct rk_kv_connection *connection,
                                             const struct rk_get *gets, size_t num_gets,
-                                            int64_t deadline_ns, struct rk_pages *ret_pages,
-                                            enum rk_path *ret_path, struct rk_error *error);
+                                            const struct rk_until *until,
+                                            struct rk_pages *ret_pages, enum rk_path *ret_path,
+                                            struct rk_error *error);
 /* The whole batch of one get. Never blocks on another caller's get: on a busy connection its user
  * does it on the way out. The pages' array may go right after the call. */
 void rk_kv_pool_release(struct rk_kv_pool *pool, struct rk_kv_connection *connection,
@@ -80,7 +81,13 @@ void rk_kv_pool_release(struct rk_kv_pool *pool, struct rk_kv_connection *connec
 RK_MUST_CHECK enum rk_status rk_kv_pool_put(struct rk_kv_pool *pool,
                                             struct rk_kv_connection *connection,
                                             struct rk_put *puts, size_t num_puts,
-                                            int64_t deadline_ns, struct rk_error *error);
+                                            const struct rk_until *until, struct rk_error *error);
+
+/* ---- kv_get.c ---- */
+
+/* The one place that makes misses of errors: what a reader that can compute is told of a store that
+ * is down or late. */
+enum rk_status rk_kv_as_miss(enum rk_status status);
 
 /* ---- kv_client.c ---- */
 
@@ -92,6 +99,9 @@ struct rk_kv_client {
     _Atomic int64_t coordinator_down_until_ns;
 };
 
+/* What a metadata call may take: until, and not longer than the client's own timeout. */
+struct rk_until rk_kv_metadata_until(const struct rk_kv_client *client,
+                                     const struct rk_until *until);
 void rk_kv_endpoint_clear(struct rk_kv_endpoint *endpoint);
 RK_MUST_CHECK enum rk_status rk_kv_endpoint_copy(const Redknot__V1__StoreEndpoint *from,
                                                  struct rk_kv_endpoint *ret_endpoint);

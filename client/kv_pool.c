@@ -268,7 +268,8 @@ static void node_break_connections(struct node *node,
 }
 
 static enum rk_status connect_new(struct rk_kv_pool *pool, struct node *node,
-                                  const struct rk_kv_endpoint *endpoint, int64_t deadline_ns,
+                                  const struct rk_kv_endpoint *endpoint,
+                                  const struct rk_until *until,
                                   struct rk_kv_connection **ret_connection, struct rk_error *error)
 {
     struct rk_kv_connection *connection = rk_alloc_zero(1, sizeof(*connection));
@@ -279,12 +280,9 @@ static enum rk_status connect_new(struct rk_kv_pool *pool, struct node *node,
                                           .host_id = endpoint->host_id,
                                           .shm_socket = endpoint->shm_socket,
                                           .ucx_address = endpoint->ucx_address};
-    int timeout_ms = rk_deadline_left_ms(deadline_ns);
-    if (timeout_ms > RK_KV_CONNECT_TIMEOUT_MS) {
-        timeout_ms = RK_KV_CONNECT_TIMEOUT_MS;
-    }
+    struct rk_until soon = rk_until_sooner(until, rk_deadline_in_ms(RK_KV_CONNECT_TIMEOUT_MS));
     enum rk_status status =
-        rk_transport_connect(&where, pool->path, timeout_ms, &connection->transport, error);
+        rk_transport_connect_until(&where, pool->path, &soon, &connection->transport, error);
     if (status != RK_OK) {
         rk_free(connection);
         return status;
@@ -309,7 +307,8 @@ static struct rk_kv_connection *connection_idle(struct node *node)
 
 /* With the lock; lets go of it while connecting. */
 static enum rk_status connection_add(struct rk_kv_pool *pool, struct node *node,
-                                     const struct rk_kv_endpoint *endpoint, int64_t deadline_ns,
+                                     const struct rk_kv_endpoint *endpoint,
+                                     const struct rk_until *until,
                                      struct rk_kv_connection **ret_connection,
                                      struct rk_error *error)
 {
@@ -319,7 +318,7 @@ static enum rk_status connection_add(struct rk_kv_pool *pool, struct node *node,
     }
     (void)pthread_mutex_unlock(&pool->lock);
     struct rk_kv_connection *connection = NULL;
-    enum rk_status status = connect_new(pool, node, endpoint, deadline_ns, &connection, error);
+    enum rk_status status = connect_new(pool, node, endpoint, until, &connection, error);
     (void)pthread_mutex_lock(&pool->lock);
 
     if (status != RK_OK) {
@@ -343,7 +342,8 @@ static enum rk_status connection_add(struct rk_kv_pool *pool, struct node *node,
 }
 
 static enum rk_status acquire_locked(struct rk_kv_pool *pool, struct node *node,
-                                     const struct rk_kv_endpoint *endpoint, int64_t deadline_ns,
+                                     const struct rk_kv_endpoint *endpoint,
+                                     const struct rk_until *until,
                                      struct rk_kv_connection **ret_connection,
                                      struct rk_error *error)
 {
@@ -360,29 +360,29 @@ static enum rk_status acquire_locked(struct rk_kv_pool *pool, struct node *node,
             return RK_OK;
         }
         if (node->num_connections < RK_KV_CONNECTIONS_MAX) {
-            return connection_add(pool, node, endpoint, deadline_ns, ret_connection, error);
+            return connection_add(pool, node, endpoint, until, ret_connection, error);
         }
-        struct timespec until = {.tv_sec = deadline_ns / 1000000000,
-                                 .tv_nsec = deadline_ns % 1000000000};
-        if (rk_clock_ns() >= deadline_ns ||
-            pthread_cond_timedwait(&pool->changed, &pool->lock, &until) != 0) {
-            return rk_error_set(error, RK_ERR_DEADLINE,
-                                "all %d connections to store %s stayed in use",
+        enum rk_status over = rk_until_over(until);
+        if (over != RK_OK) {
+            return rk_error_set(error, over, "all %d connections to store %s stayed in use",
                                 RK_KV_CONNECTIONS_MAX, endpoint->node_id);
         }
+        int64_t slice_ns = rk_until_slice_ns(until);
+        struct timespec slice = {.tv_sec = slice_ns / 1000000000, .tv_nsec = slice_ns % 1000000000};
+        (void)pthread_cond_timedwait(&pool->changed, &pool->lock, &slice);
     }
 }
 
 enum rk_status rk_kv_pool_acquire(struct rk_kv_pool *pool, const struct rk_kv_endpoint *endpoint,
-                                  int64_t deadline_ns, struct rk_kv_connection **ret_connection,
-                                  struct rk_error *error)
+                                  const struct rk_until *until,
+                                  struct rk_kv_connection **ret_connection, struct rk_error *error)
 {
     struct node *node = NULL;
     struct node *stale = NULL;
     (void)pthread_mutex_lock(&pool->lock);
     enum rk_status status = node_enter(pool, endpoint, &node, &stale);
     if (status == RK_OK) {
-        status = acquire_locked(pool, node, endpoint, deadline_ns, ret_connection, error);
+        status = acquire_locked(pool, node, endpoint, until, ret_connection, error);
         node->num_users--;
     } else {
         (void)rk_error_set(error, status, "cannot keep store %s in the table of %d nodes: %s",
@@ -452,25 +452,24 @@ static void use_end(struct rk_kv_pool *pool, struct rk_kv_connection *connection
 }
 
 enum rk_status rk_kv_pool_get(struct rk_kv_pool *pool, struct rk_kv_connection *connection,
-                              const struct rk_get *gets, size_t num_gets, int64_t deadline_ns,
-                              struct rk_pages *ret_pages, enum rk_path *ret_path,
-                              struct rk_error *error)
+                              const struct rk_get *gets, size_t num_gets,
+                              const struct rk_until *until, struct rk_pages *ret_pages,
+                              enum rk_path *ret_path, struct rk_error *error)
 {
     int64_t begin_ns = rk_clock_ns();
     *ret_path = rk_transport_path(connection->transport);
     enum rk_status status =
-        rk_transport_get(connection->transport, gets, num_gets, deadline_ns, ret_pages, error);
+        rk_transport_get(connection->transport, gets, num_gets, until, ret_pages, error);
     use_end(pool, connection, status, begin_ns, status == RK_OK);
     return status;
 }
 
 enum rk_status rk_kv_pool_put(struct rk_kv_pool *pool, struct rk_kv_connection *connection,
-                              struct rk_put *puts, size_t num_puts, int64_t deadline_ns,
+                              struct rk_put *puts, size_t num_puts, const struct rk_until *until,
                               struct rk_error *error)
 {
     int64_t begin_ns = rk_clock_ns();
-    enum rk_status status =
-        rk_transport_put(connection->transport, puts, num_puts, deadline_ns, error);
+    enum rk_status status = rk_transport_put(connection->transport, puts, num_puts, until, error);
     use_end(pool, connection, status, begin_ns, false);
     return status;
 }

@@ -67,21 +67,20 @@ static enum rk_status pages_list(const struct rk_kv_put *put, const struct rk_he
 }
 
 static enum rk_status shard_write(struct rk_kv_client *client, struct rk_put *put,
-                                  const struct rk_kv_endpoint *endpoint, int64_t deadline_ns,
-                                  struct rk_error *error)
+                                  const struct rk_kv_endpoint *endpoint,
+                                  const struct rk_until *until, struct rk_error *error)
 {
     struct rk_kv_connection *connection = NULL;
-    enum rk_status status =
-        rk_kv_pool_acquire(client->pool, endpoint, deadline_ns, &connection, error);
+    enum rk_status status = rk_kv_pool_acquire(client->pool, endpoint, until, &connection, error);
     if (status == RK_OK) {
-        status = rk_kv_pool_put(client->pool, connection, put, 1, deadline_ns, error);
+        status = rk_kv_pool_put(client->pool, connection, put, 1, until, error);
     }
     return status == RK_OK ? put->status : status;
 }
 
 static enum rk_status put_shard(struct rk_kv_client *client, const struct rk_kv_put *put,
                                 Redknot__V1__Shard *shard, const Redknot__V1__StoreEndpoint *store,
-                                int64_t deadline_ns, struct rk_error *error)
+                                const struct rk_until *until, struct rk_error *error)
 {
     struct rk_kv_layout layout;
     struct rk_head_range heads;
@@ -106,7 +105,7 @@ static enum rk_status put_shard(struct rk_kv_client *client, const struct rk_kv_
         (void)rk_error_set(error, status, "no memory for a put");
     } else {
         item.head = head;
-        status = shard_write(client, &item, &endpoint, deadline_ns, error);
+        status = shard_write(client, &item, &endpoint, until, error);
     }
     rk_kv_endpoint_clear(&endpoint);
     rk_free(head);
@@ -119,7 +118,7 @@ static enum rk_status put_shard(struct rk_kv_client *client, const struct rk_kv_
 }
 
 static enum rk_status place(struct rk_kv_client *client, const struct rk_kv_put *put,
-                            int timeout_ms, Redknot__V1__PlaceReply **ret_reply,
+                            const struct rk_until *until, Redknot__V1__PlaceReply **ret_reply,
                             struct rk_error *error)
 {
     Redknot__V1__PlaceRequest request = REDKNOT__V1__PLACE_REQUEST__INIT;
@@ -140,9 +139,10 @@ static enum rk_status place(struct rk_kv_client *client, const struct rk_kv_put 
     if (put->label) {
         request.label = (char *)put->label;
     }
-    enum rk_status status = rk_rpc_unary(client->coordinator, "/redknot.v1.Coordinator/Place",
-                                         &request.base, &redknot__v1__place_reply__descriptor,
-                                         timeout_ms, (ProtobufCMessage **)ret_reply, error);
+    struct rk_until soon = rk_kv_metadata_until(client, until);
+    enum rk_status status = rk_rpc_unary_until(client->coordinator, "/redknot.v1.Coordinator/Place",
+                                               &request.base, &redknot__v1__place_reply__descriptor,
+                                               &soon, (ProtobufCMessage **)ret_reply, error);
     if (status != RK_OK) {
         rk_error_prefix(error, "placing a segment at coordinator %s", client->address);
     }
@@ -150,15 +150,16 @@ static enum rk_status place(struct rk_kv_client *client, const struct rk_kv_put 
 }
 
 static enum rk_status commit(struct rk_kv_client *client, const struct rk_kv_put *put,
-                             uint64_t generation, int timeout_ms, struct rk_error *error)
+                             uint64_t generation, const struct rk_until *until,
+                             struct rk_error *error)
 {
     Redknot__V1__CommitRequest request = REDKNOT__V1__COMMIT_REQUEST__INIT;
     ProtobufCMessage *reply = NULL;
     request.segment_id = (ProtobufCBinaryData){RK_ID_BYTES, (uint8_t *)put->segment_id.bytes};
     request.generation = generation;
     enum rk_status status =
-        rk_rpc_unary(client->coordinator, "/redknot.v1.Coordinator/Commit", &request.base,
-                     &redknot__v1__commit_reply__descriptor, timeout_ms, &reply, error);
+        rk_rpc_unary_until(client->coordinator, "/redknot.v1.Coordinator/Commit", &request.base,
+                           &redknot__v1__commit_reply__descriptor, until, &reply, error);
     rk_rpc_message_free(reply);
     if (status != RK_OK) {
         rk_error_prefix(error, "committing a segment at coordinator %s", client->address);
@@ -184,31 +185,28 @@ static void abort_put(struct rk_kv_client *client, const struct rk_kv_put *put, 
 }
 
 static enum rk_status write_and_commit(struct rk_kv_client *client, const struct rk_kv_put *put,
-                                       Redknot__V1__PlaceReply *placed, int64_t deadline_ns,
-                                       struct rk_error *error)
+                                       Redknot__V1__PlaceReply *placed,
+                                       const struct rk_until *until, struct rk_error *error)
 {
     for (size_t i = 0; i < placed->n_shards; i++) {
         Redknot__V1__Shard *shard = placed->shards[i];
         const Redknot__V1__StoreEndpoint *store =
             rk_kv_endpoint_find(placed->stores, placed->n_stores, shard->node_id);
-        enum rk_status status = put_shard(client, put, shard, store, deadline_ns, error);
+        enum rk_status status = put_shard(client, put, shard, store, until, error);
         if (status != RK_OK) {
             return status;
         }
     }
-    return commit(client, put, placed->shards[0]->generation, rk_deadline_left_ms(deadline_ns),
-                  error);
+    return commit(client, put, placed->shards[0]->generation, until, error);
 }
 
 static enum rk_status put_once(struct rk_kv_client *client, const struct rk_kv_put *put,
-                               int64_t deadline_ns, bool *ret_already, bool *ret_placed,
+                               const struct rk_until *until, bool *ret_already, bool *ret_placed,
                                struct rk_error *error)
 {
-    int left_ms = rk_deadline_left_ms(deadline_ns);
     Redknot__V1__PlaceReply *placed = NULL;
     *ret_placed = false;
-    enum rk_status status = place(
-        client, put, left_ms < client->timeout_ms ? left_ms : client->timeout_ms, &placed, error);
+    enum rk_status status = place(client, put, until, &placed, error);
     if (status != RK_OK) {
         return status;
     }
@@ -217,7 +215,7 @@ static enum rk_status put_once(struct rk_kv_client *client, const struct rk_kv_p
     if (!*ret_already && placed->n_shards == 0) {
         status = rk_error_set(error, RK_ERR_INTERNAL, "the coordinator placed no shard");
     } else if (!*ret_already) {
-        status = write_and_commit(client, put, placed, deadline_ns, error);
+        status = write_and_commit(client, put, placed, until, error);
         if (status != RK_OK) {
             abort_put(client, put, placed->shards[0]->generation);
         }
@@ -234,22 +232,22 @@ static bool place_again_helps(enum rk_status status)
            status == RK_ERR_NOT_FOUND || status == RK_ERR_UNAVAILABLE;
 }
 
-enum rk_status rk_kv_put(struct rk_kv_client *client, const struct rk_kv_put *put, int timeout_ms,
-                         bool *ret_already, struct rk_error *error)
+enum rk_status rk_kv_put(struct rk_kv_client *client, const struct rk_kv_put *put,
+                         const struct rk_until *until, bool *ret_already, struct rk_error *error)
 {
     RK_ASSERT(rk_kv_layout_valid(&put->layout));
     if (put->num_tokens == 0 || put->num_tokens > RK_SEGMENT_TOKENS_MAX) {
         return rk_error_set(error, RK_ERR_INVALID, "a segment has 1 to %u tokens, not %u",
                             RK_SEGMENT_TOKENS_MAX, put->num_tokens);
     }
-    int64_t deadline_ns = rk_deadline_in_ms(timeout_ms > 0 ? timeout_ms : client->timeout_ms);
     bool already = false;
     enum rk_status status = RK_OK;
     for (int i = 0; i < PUT_ATTEMPTS; i++) {
         bool placed = false;
-        status = put_once(client, put, deadline_ns, &already, &placed, error);
+        status = put_once(client, put, until, &already, &placed, error);
         if (!placed || !place_again_helps(status) ||
-            rk_deadline_left_ms(deadline_ns) <= PUT_PAUSE_MS) {
+            rk_deadline_left_ms(until->deadline_ns) <= PUT_PAUSE_MS ||
+            rk_until_over(until) != RK_OK) {
             break;
         }
         rk_clock_sleep_ms(PUT_PAUSE_MS);

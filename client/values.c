@@ -83,7 +83,7 @@ struct call {
     uint8_t *num_ranks;
     bool *open;    /* items that the next store is to be asked for */
     size_t *items; /* of the batch under way */
-    int64_t deadline_ns;
+    struct rk_until until;
     struct rk_error *error;
 };
 
@@ -112,7 +112,7 @@ static enum rk_status call_begin(struct call *call, struct rk_values *values, si
     if (error) {
         error->text[0] = '\0';
     }
-    call->deadline_ns = rk_deadline_in_ms(timeout_ms > 0 ? timeout_ms : values->timeout_ms);
+    call->until.deadline_ns = rk_deadline_in_ms(timeout_ms > 0 ? timeout_ms : values->timeout_ms);
     call->ids = rk_alloc_zero(count, sizeof(*call->ids));
     call->ranks = rk_alloc_zero(count, sizeof(*call->ranks));
     call->num_ranks = rk_alloc_zero(count, sizeof(*call->num_ranks));
@@ -121,7 +121,7 @@ static enum rk_status call_begin(struct call *call, struct rk_values *values, si
     if (!call->ids || !call->ranks || !call->num_ranks || !call->open || !call->items) {
         return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for %zu items", count);
     }
-    return stores_get(&values->stores, call->deadline_ns, &call->set, error);
+    return stores_get(&values->stores, call->until.deadline_ns, &call->set, error);
 }
 
 static bool key_good(const struct rk_value_key *key)
@@ -170,8 +170,8 @@ static enum rk_status connection_get(struct call *call, const struct store *stor
                                      struct rk_kv_connection **ret_connection,
                                      struct rk_error *error)
 {
-    return rk_kv_pool_acquire(call->values->pool, &store->endpoint, call->deadline_ns,
-                              ret_connection, error);
+    return rk_kv_pool_acquire(call->values->pool, &store->endpoint, &call->until, ret_connection,
+                              error);
 }
 
 /* The text of the first item that failed is the call's. */
@@ -270,8 +270,8 @@ static void put_at(struct call *call, const struct store *store, const size_t *i
         status = connection_get(call, store, &connection, &why);
     }
     if (status == RK_OK) {
-        status = rk_kv_pool_put(call->values->pool, connection, batch->puts, count,
-                                call->deadline_ns, &why);
+        status =
+            rk_kv_pool_put(call->values->pool, connection, batch->puts, count, &call->until, &why);
     }
     for (size_t i = 0; i < count; i++) {
         struct rk_value_put *put = &puts[items[i]];
@@ -317,14 +317,6 @@ enum rk_status rk_values_put(struct rk_values *values, struct rk_value_put *puts
 
 /* ---- Get ---- */
 
-static enum rk_status as_miss(enum rk_status status)
-{
-    if (status == RK_ERR_UNAVAILABLE) {
-        return RK_MISS_NODE_DOWN;
-    }
-    return status == RK_ERR_DEADLINE ? RK_MISS_DEADLINE : status;
-}
-
 /* The next store may have what this one has not. */
 static bool perhaps_elsewhere(enum rk_status status)
 {
@@ -355,12 +347,12 @@ static void get_at(struct call *call, const struct store *store, const size_t *i
     }
     enum rk_status status = connection_get(call, store, &connection, &why);
     if (status == RK_OK) {
-        status = rk_kv_pool_get(call->values->pool, connection, gets, count, call->deadline_ns,
-                                pages, &path, &why);
+        status = rk_kv_pool_get(call->values->pool, connection, gets, count, &call->until, pages,
+                                &path, &why);
     }
     for (size_t i = 0; i < count; i++) {
         struct rk_value_get *get = &all[items[i]];
-        enum rk_status item = as_miss(status == RK_OK ? pages[i].status : status);
+        enum rk_status item = rk_kv_as_miss(status == RK_OK ? pages[i].status : status);
         get->status = reason(get->status, item);
         get->bytes = item == RK_OK ? pages[i].bytes : 0;
         call->open[items[i]] = perhaps_elsewhere(item);
@@ -488,12 +480,12 @@ static void view_at(struct call *call, const struct store *store, const size_t *
         status = connection_get(call, store, &held->connection, &why);
     }
     if (status == RK_OK) {
-        status = rk_kv_pool_get(call->values->pool, held->connection, gets, count,
-                                call->deadline_ns, held->pages, &path, &why);
+        status = rk_kv_pool_get(call->values->pool, held->connection, gets, count, &call->until,
+                                held->pages, &path, &why);
     }
     for (size_t i = 0; i < count; i++) {
         struct rk_value_view *view = &all->views[items[i]];
-        enum rk_status item = as_miss(status == RK_OK ? held->pages[i].status : status);
+        enum rk_status item = rk_kv_as_miss(status == RK_OK ? held->pages[i].status : status);
         if (item == RK_OK) {
             item = view_fill(&held->pages[i], &all->firsts[items[i]], view);
         }
@@ -619,7 +611,8 @@ static enum rk_status flags_at(struct call *call, const struct store *store, fla
     enum rk_status status =
         stores_channel(&call->values->stores, store->endpoint.address, &channel, &why);
     if (status == RK_OK) {
-        status = ask(channel, ids, count, rk_deadline_left_ms(call->deadline_ns), ret_flags, &why);
+        status =
+            ask(channel, ids, count, rk_deadline_left_ms(call->until.deadline_ns), ret_flags, &why);
     }
     if (status != RK_OK) {
         why.status = status;

@@ -128,10 +128,12 @@ struct unary {
 };
 
 static void unary_run(struct unary *unary, struct rk_rpc_channel *channel, const char *path,
-                      grpc_byte_buffer *request, int timeout_ms)
+                      grpc_byte_buffer *request, const struct rk_until *until)
 {
     grpc_slice method = grpc_slice_from_copied_string(path);
-    int64_t deadline_ns = rk_deadline_in_ms((int64_t)timeout_ms + DEADLINE_SLACK_MS);
+    int timeout_ms = rk_deadline_left_ms(until->deadline_ns);
+    struct rk_until late = *until;
+    late.deadline_ns = rk_deadline_in_ms((int64_t)timeout_ms + DEADLINE_SLACK_MS);
     unary->call =
         grpc_channel_create_call(channel->channel, NULL, GRPC_PROPAGATE_DEFAULTS, unary->queue,
                                  method, NULL, rpc_timespec_in_ms(timeout_ms), NULL);
@@ -151,7 +153,7 @@ static void unary_run(struct unary *unary, struct rk_rpc_channel *channel, const
     rpc_batch_init(&unary->batch, &unary->sync);
     unary->batch.pluck = unary->queue;
     rpc_batch_start(&unary->batch, unary->call, ops, sizeof(ops) / sizeof(ops[0]));
-    (void)rpc_batch_finish(&unary->batch, unary->call, deadline_ns);
+    (void)rpc_batch_finish(&unary->batch, unary->call, &late);
 }
 
 static enum rk_status unary_reply(struct unary *unary, const struct rk_rpc_channel *channel,
@@ -182,6 +184,16 @@ enum rk_status rk_rpc_unary(struct rk_rpc_channel *channel, const char *path,
                             const struct ProtobufCMessageDescriptor *type, int timeout_ms,
                             struct ProtobufCMessage **ret_reply, struct rk_error *error)
 {
+    const struct rk_until until = {.deadline_ns = rk_deadline_in_ms(timeout_ms)};
+    return rk_rpc_unary_until(channel, path, request, type, &until, ret_reply, error);
+}
+
+enum rk_status rk_rpc_unary_until(struct rk_rpc_channel *channel, const char *path,
+                                  const struct ProtobufCMessage *request,
+                                  const struct ProtobufCMessageDescriptor *type,
+                                  const struct rk_until *until, struct ProtobufCMessage **ret_reply,
+                                  struct rk_error *error)
+{
     grpc_byte_buffer *buffer = NULL;
     enum rk_status status = rpc_message_pack(request, &buffer);
     if (status != RK_OK) {
@@ -193,7 +205,7 @@ enum rk_status rk_rpc_unary(struct rk_rpc_channel *channel, const char *path,
     rpc_sync_init(&unary.sync);
     grpc_metadata_array_init(&unary.initial);
     grpc_metadata_array_init(&unary.trailer);
-    unary_run(&unary, channel, path, buffer, timeout_ms);
+    unary_run(&unary, channel, path, buffer, until);
     status = unary_reply(&unary, channel, path, type, ret_reply, error);
 
     grpc_byte_buffer_destroy(buffer);

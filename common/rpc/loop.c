@@ -212,11 +212,30 @@ bool rpc_batch_wait_until(struct rpc_batch *batch, int64_t deadline_ns)
     return done;
 }
 
-bool rpc_batch_finish(struct rpc_batch *batch, grpc_call *call, int64_t deadline_ns)
+bool rpc_batch_wait(struct rpc_batch *batch, const struct rk_until *until)
 {
-    if (!rpc_batch_wait_until(batch, deadline_ns)) {
+    do {
+        if (rpc_batch_wait_until(batch, rk_until_slice_ns(until))) {
+            return true;
+        }
+    } while (rk_until_over(until) == RK_OK);
+    return false;
+}
+
+void rpc_call_give_up(grpc_call *call, const struct rk_until *until)
+{
+    if (rk_until_over(until) == RK_ERR_CANCELLED) {
+        (void)grpc_call_cancel(call, NULL);
+    } else {
         (void)grpc_call_cancel_with_status(call, GRPC_STATUS_DEADLINE_EXCEEDED, "deadline exceeded",
                                            NULL);
+    }
+}
+
+bool rpc_batch_finish(struct rpc_batch *batch, grpc_call *call, const struct rk_until *until)
+{
+    if (!rpc_batch_wait(batch, until)) {
+        rpc_call_give_up(call, until);
         /* gRPC promises that every batch of a cancelled call ends. */
         (void)rpc_batch_wait_until(batch, RK_DEADLINE_NEVER);
     }

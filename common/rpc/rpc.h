@@ -16,6 +16,7 @@
 #define RK_COMMON_RPC_RPC_H
 
 #include "common/base/status.h"
+#include "common/base/until.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -114,6 +115,14 @@ RK_MUST_CHECK enum rk_status rk_rpc_unary(struct rk_rpc_channel *channel, const 
                                           int timeout_ms, struct ProtobufCMessage **ret_reply,
                                           struct rk_error *error);
 
+/* The same until a deadline or a cancellation: then RK_ERR_DEADLINE, RK_ERR_CANCELLED. */
+RK_MUST_CHECK enum rk_status rk_rpc_unary_until(struct rk_rpc_channel *channel, const char *path,
+                                                const struct ProtobufCMessage *request,
+                                                const struct ProtobufCMessageDescriptor *type,
+                                                const struct rk_until *until,
+                                                struct ProtobufCMessage **ret_reply,
+                                                struct rk_error *error);
+
 RK_MUST_CHECK enum rk_status rk_rpc_stream_open(struct rk_rpc_channel *channel, const char *path,
                                                 int timeout_ms, struct rk_rpc_stream **ret_stream,
                                                 struct rk_error *error);
@@ -143,6 +152,9 @@ RK_MUST_CHECK enum rk_status rk_rpc_stream_recv_pieces(struct rk_rpc_stream *str
 /* Waits for the call's final status (cancels it first when the streams are not at their end). */
 RK_MUST_CHECK enum rk_status rk_rpc_stream_finish(struct rk_rpc_stream *stream,
                                                   struct rk_error *error);
+/* From now on waits also end when until is cancelled, which cancels the call; its deadline is not
+ * looked at. Borrowed for the stream's life. */
+void rk_rpc_stream_watch(struct rk_rpc_stream *stream, const struct rk_until *until);
 void rk_rpc_stream_cancel(struct rk_rpc_stream *stream);  /* from any thread */
 void rk_rpc_stream_destroy(struct rk_rpc_stream *stream); /* accepts NULL */
 

@@ -10,6 +10,7 @@
 #define RK_COMMON_RPC_RPC_INTERNAL_H
 
 #include "common/base/tsan.h"
+#include "common/base/until.h"
 #include "common/rpc/rpc.h"
 
 #include <grpc/byte_buffer.h>
@@ -84,8 +85,13 @@ void rpc_batch_done(struct rpc_event *event, bool ok);
 void rpc_batch_start(struct rpc_batch *batch, grpc_call *call, const grpc_op *ops, size_t num_ops);
 /* True when it ended by then. */
 bool rpc_batch_wait_until(struct rpc_batch *batch, int64_t deadline_ns);
-/* Cancels the call at the deadline, which ends every batch of it. Whether the batch succeeded. */
-bool rpc_batch_finish(struct rpc_batch *batch, grpc_call *call, int64_t deadline_ns);
+/* The same in slices, so that a cancellation is seen. */
+bool rpc_batch_wait(struct rpc_batch *batch, const struct rk_until *until);
+/* Cancels a call that is waited for no longer, with the code that says why. */
+void rpc_call_give_up(grpc_call *call, const struct rk_until *until);
+/* Cancels the call when until is over, which ends every batch of it. Whether the batch
+ * succeeded. */
+bool rpc_batch_finish(struct rpc_batch *batch, grpc_call *call, const struct rk_until *until);
 
 /* ---- Messages (message.c) ---- */
 

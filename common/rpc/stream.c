@@ -14,7 +14,8 @@ struct rk_rpc_stream {
     struct rk_rpc_channel *channel;
     grpc_call *call;
     char *path;
-    int64_t deadline_ns;
+    struct rk_until until; /* the call's end, and who may cancel it before */
+    bool given_up;
     grpc_completion_queue *queue; /* of this call alone, worked by its thread */
     struct rpc_sync sync;
     struct rpc_batch opening; /* both initial metadata */
@@ -54,7 +55,7 @@ static enum rk_status stream_open(struct rk_rpc_channel *channel, const char *pa
     stream->channel = channel;
     stream->path = path_copy;
     stream->message = grpc_empty_slice();
-    stream->deadline_ns = rk_deadline_in_ms((int64_t)timeout_ms + DEADLINE_SLACK_MS);
+    stream->until.deadline_ns = rk_deadline_in_ms((int64_t)timeout_ms + DEADLINE_SLACK_MS);
     rpc_sync_init(&stream->sync);
     stream->queue = grpc_completion_queue_create_for_pluck(NULL);
     struct rpc_batch *batches[] = {&stream->opening, &stream->sending, &stream->receiving,
@@ -111,11 +112,11 @@ enum rk_status rk_rpc_stream_open_with(struct rk_rpc_channel *channel, const cha
  * call is cancelled, until gRPC gives up the connection: nobody waits for that (see the reaper). */
 static bool stream_batch_finish(struct rk_rpc_stream *stream, struct rpc_batch *batch)
 {
-    if (rpc_batch_wait_until(batch, stream->deadline_ns)) {
+    if (rpc_batch_wait(batch, &stream->until)) {
         return batch->ok;
     }
-    (void)grpc_call_cancel_with_status(stream->call, GRPC_STATUS_DEADLINE_EXCEEDED,
-                                       "deadline exceeded", NULL);
+    stream->given_up = true;
+    rpc_call_give_up(stream->call, &stream->until);
     return rpc_batch_wait_until(batch, rk_deadline_in_ms(STUCK_MS)) && batch->ok;
 }
 
@@ -123,8 +124,10 @@ static enum rk_status stream_outcome(struct rk_rpc_stream *stream, struct rk_err
 {
     (void)stream_batch_finish(stream, &stream->ending);
     if (stream->ending.pending) {
-        return rk_error_set(error, RK_ERR_DEADLINE, "call %s to %s did not end in time",
-                            stream->path, stream->channel->address);
+        bool cancelled = rk_until_over(&stream->until) == RK_ERR_CANCELLED;
+        return rk_error_set(error, cancelled ? RK_ERR_CANCELLED : RK_ERR_DEADLINE,
+                            "call %s to %s did not end in time", stream->path,
+                            stream->channel->address);
     }
     return rpc_call_outcome(stream->channel, stream->path, stream->code, &stream->trailer,
                             &stream->message, error);
@@ -255,14 +258,11 @@ enum rk_status rk_rpc_stream_recv_pieces(struct rk_rpc_stream *stream,
 
 enum rk_status rk_rpc_stream_finish(struct rk_rpc_stream *stream, struct rk_error *error)
 {
-    if (!stream->received_all && stream->sent_all) {
+    if (!stream->received_all && stream->sent_all && !stream->given_up) {
         /* The caller may have read the only reply without looking for the end behind it. */
-        int64_t soon = rk_deadline_in_ms(FINISH_WAIT_MS);
+        struct rk_until soon = rk_until_sooner(&stream->until, rk_deadline_in_ms(FINISH_WAIT_MS));
         stream_recv_start(stream);
-        stream->received_all =
-            rpc_batch_wait_until(&stream->receiving,
-                                 soon < stream->deadline_ns ? soon : stream->deadline_ns) &&
-            !stream->received;
+        stream->received_all = rpc_batch_wait(&stream->receiving, &soon) && !stream->received;
     }
     if (!stream->received_all) {
         rk_rpc_stream_cancel(stream);
@@ -273,6 +273,12 @@ enum rk_status rk_rpc_stream_finish(struct rk_rpc_stream *stream, struct rk_erro
         stream_drop_received(stream);
     }
     return stream_outcome(stream, error);
+}
+
+void rk_rpc_stream_watch(struct rk_rpc_stream *stream, const struct rk_until *until)
+{
+    stream->until.cancelled = until->cancelled;
+    stream->until.context = until->context;
 }
 
 void rk_rpc_stream_cancel(struct rk_rpc_stream *stream)

@@ -35,10 +35,10 @@ static void grpc_client_destroy(void *connection)
 
 /* The channel connects with the first call: that one's deadline bounds it. */
 static enum rk_status grpc_connect(const struct rk_transport_endpoint *endpoint,
-                                   int64_t deadline_ns, void **ret_connection,
+                                   const struct rk_until *until, void **ret_connection,
                                    struct rk_error *error)
 {
-    (void)deadline_ns;
+    (void)until;
     struct grpc_client *client = rk_alloc_zero(1, sizeof(*client));
     if (!client) {
         return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a connection");
@@ -258,21 +258,29 @@ static enum rk_status exchange(struct rk_rpc_stream *stream, struct incoming *in
                : final;
 }
 
+/* A call that was cancelled for its caller ends in many ways; they all mean this. */
+static enum rk_status given_up(enum rk_status status, const struct rk_until *until)
+{
+    return status != RK_OK && rk_until_over(until) == RK_ERR_CANCELLED ? RK_ERR_CANCELLED : status;
+}
+
 static enum rk_status grpc_get(void *connection, const struct rk_get *gets, size_t num_gets,
-                               int64_t deadline_ns, struct rk_pages *pages, struct rk_error *error)
+                               const struct rk_until *until, struct rk_pages *pages,
+                               struct rk_error *error)
 {
     struct grpc_client *client = connection;
     struct rk_rpc_stream *stream = NULL;
     struct incoming incoming = {
         .client = client, .gets = gets, .num_gets = num_gets, .pages = pages, .error = error};
     enum rk_status status =
-        call_open(client, gets, num_gets, rk_deadline_left_ms(deadline_ns), &stream, error);
+        call_open(client, gets, num_gets, rk_deadline_left_ms(until->deadline_ns), &stream, error);
     if (status == RK_OK) {
+        rk_rpc_stream_watch(stream, until);
         status = exchange(stream, &incoming);
     }
     rk_rpc_stream_destroy(stream);
     rk_free(incoming.found.data);
-    return status == RK_ERR_DEADLINE ? RK_MISS_DEADLINE : status;
+    return given_up(status, until);
 }
 
 static void grpc_release(void *connection, struct rk_pages *pages, size_t num_pages)
@@ -345,15 +353,17 @@ static enum rk_status results_recv(struct rk_rpc_stream *stream, struct rk_put *
 }
 
 static enum rk_status grpc_put(void *connection, struct rk_put *puts, size_t num_puts,
-                               int64_t deadline_ns, struct rk_error *error)
+                               const struct rk_until *until, struct rk_error *error)
 {
     struct grpc_client *client = connection;
     struct rk_rpc_stream *stream = NULL;
-    enum rk_status status = rk_rpc_stream_open(client->channel, "/redknot.v1.KvStore/Put",
-                                               rk_deadline_left_ms(deadline_ns), &stream, error);
+    enum rk_status status =
+        rk_rpc_stream_open(client->channel, "/redknot.v1.KvStore/Put",
+                           rk_deadline_left_ms(until->deadline_ns), &stream, error);
     if (status != RK_OK) {
         return status;
     }
+    rk_rpc_stream_watch(stream, until);
     status = put_send(stream, puts, num_puts);
     bool answered = false;
     if (status == RK_OK) {
@@ -369,7 +379,7 @@ static enum rk_status grpc_put(void *connection, struct rk_put *puts, size_t num
         status = rk_error_set(error, RK_ERR_UNAVAILABLE, "the store did not answer a put");
     }
     rk_rpc_stream_destroy(stream);
-    return status;
+    return given_up(status, until);
 }
 
 const struct transport_ops transport_grpc = {

@@ -52,27 +52,29 @@ static enum rk_status lost(struct shm_client *client, struct rk_error *error, co
     return rk_error_set(error, RK_ERR_UNAVAILABLE, "the store's shared memory: %s", what);
 }
 
-/* RK_OK: ready. RK_MISS_DEADLINE. */
-static enum rk_status wait_for(struct shm_client *client, short events, int64_t deadline_ns)
+/* RK_OK: ready. RK_ERR_DEADLINE, RK_ERR_CANCELLED. */
+static enum rk_status wait_for(struct shm_client *client, short events,
+                               const struct rk_until *until)
 {
     spin_begin(&client->spin);
     for (;;) {
         struct pollfd poll_fd = {.fd = client->fd, .events = events};
-        int left_ms = rk_deadline_left_ms(deadline_ns);
+        int left_ms = rk_deadline_left_ms(rk_until_slice_ns(until));
         int ready = poll(&poll_fd, 1, left_ms > 0 && spin_again(&client->spin) ? 0 : left_ms);
         if (ready > 0) {
             spin_begin(&client->spin); /* It was not in vain. */
             return RK_OK;              /* Also for an end or an error: the next call tells which. */
         }
-        if (rk_deadline_left_ms(deadline_ns) == 0) {
-            return RK_MISS_DEADLINE;
+        enum rk_status over = rk_until_over(until);
+        if (over != RK_OK) {
+            return over;
         }
     }
 }
 
-/* A request that was sent in part cannot be taken back, so a deadline breaks the connection. */
+/* A request that was sent in part cannot be taken back, so giving up breaks the connection. */
 static enum rk_status send_all(struct shm_client *client, const void *data, size_t bytes,
-                               int64_t deadline_ns, struct rk_error *error)
+                               const struct rk_until *until, struct rk_error *error)
 {
     size_t done = 0;
     while (done < bytes) {
@@ -80,12 +82,10 @@ static enum rk_status send_all(struct shm_client *client, const void *data, size
         if (sent >= 0) {
             done += (size_t)sent;
         } else if (errno == EAGAIN) {
-            if (wait_for(client, POLLOUT, deadline_ns) != RK_OK) {
-                if (done > 0) {
-                    client->broken = true;
-                    return rk_error_set(error, RK_ERR_DEADLINE, "the store stopped in a request");
-                }
-                return RK_MISS_DEADLINE;
+            enum rk_status status = wait_for(client, POLLOUT, until);
+            if (status != RK_OK) {
+                client->broken = client->broken || done > 0;
+                return rk_error_set(error, status, "the store stopped in a request");
             }
         } else if (errno != EINTR) {
             return lost(client, error, strerror(errno));
@@ -109,7 +109,7 @@ static bool in_reserve(struct shm_client *client, size_t bytes)
 }
 
 /* One whole frame at the start of client->in; consumed by frame_done. */
-static enum rk_status frame_recv(struct shm_client *client, int64_t deadline_ns,
+static enum rk_status frame_recv(struct shm_client *client, const struct rk_until *until,
                                  struct shm_frame *ret_frame, struct rk_error *error)
 {
     for (;;) {
@@ -133,9 +133,9 @@ static enum rk_status frame_recv(struct shm_client *client, int64_t deadline_ns,
         } else if (got == 0) {
             return lost(client, error, "the store closed the connection");
         } else if (errno == EAGAIN) {
-            status = wait_for(client, POLLIN, deadline_ns);
+            status = wait_for(client, POLLIN, until);
             if (status != RK_OK) {
-                return status;
+                return rk_error_set(error, status, "the store did not answer in time");
             }
         } else if (errno != EINTR) {
             return lost(client, error, strerror(errno));
@@ -163,7 +163,8 @@ static void pins_release(struct shm_client *client, const uint64_t *pin_ids, siz
     memcpy(frame.pin_ids, pin_ids, bytes);
     /* A store so far behind that this does not fit has stopped: its pins end with the connection.
      */
-    if (send_all(client, &frame, sizeof(frame.header) + bytes, 0, NULL) != RK_OK) {
+    static const struct rk_until now = {.deadline_ns = 0};
+    if (send_all(client, &frame, sizeof(frame.header) + bytes, &now, NULL) != RK_OK) {
         client->broken = true;
     }
 }
@@ -177,7 +178,7 @@ static bool shm_reachable(const struct rk_transport_endpoint *endpoint)
 }
 
 static enum rk_status socket_connect(struct shm_client *client, const char *path,
-                                     int64_t deadline_ns, struct rk_error *error)
+                                     const struct rk_until *until, struct rk_error *error)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     if (!path || path[0] == '\0' || strlen(path) >= sizeof(address.sun_path)) {
@@ -197,16 +198,16 @@ static enum rk_status socket_connect(struct shm_client *client, const char *path
             return rk_error_set(error, RK_ERR_UNAVAILABLE, "cannot connect to %s: %s", path,
                                 strerror(errno));
         }
-        if (rk_deadline_left_ms(deadline_ns) == 0) {
-            return rk_error_set(error, RK_ERR_UNAVAILABLE, "%s does not accept in time", path);
+        if (rk_until_over(until) != RK_OK) {
+            return rk_error_set(error, transport_silent(until), "%s does not accept in time", path);
         }
         rk_clock_sleep_ms(1);
     }
 }
 
 /* The answer to HELLO with the descriptor beside it. */
-static enum rk_status hello_recv(struct shm_client *client, int64_t deadline_ns, int *ret_arena_fd,
-                                 struct rk_error *error)
+static enum rk_status hello_recv(struct shm_client *client, const struct rk_until *until,
+                                 int *ret_arena_fd, struct rk_error *error)
 {
     uint8_t bytes[sizeof(struct shm_frame_header) + sizeof(struct shm_hello_reply)];
     union {
@@ -218,8 +219,9 @@ static enum rk_status hello_recv(struct shm_client *client, int64_t deadline_ns,
                              .msg_iovlen = 1,
                              .msg_control = control.bytes,
                              .msg_controllen = sizeof(control.bytes)};
-    if (wait_for(client, POLLIN, deadline_ns) != RK_OK) {
-        return lost(client, error, "the store does not answer in time");
+    if (wait_for(client, POLLIN, until) != RK_OK) {
+        return rk_error_set(error, transport_silent(until),
+                            "the store's shared memory: the store does not answer in time");
     }
     ssize_t got = recvmsg(client->fd, &message, MSG_CMSG_CLOEXEC);
     struct cmsghdr *rights = got > 0 ? CMSG_FIRSTHDR(&message) : NULL;
@@ -276,8 +278,9 @@ static void shm_destroy(void *connection)
     rk_free(client);
 }
 
-static enum rk_status shm_connect(const struct rk_transport_endpoint *endpoint, int64_t deadline_ns,
-                                  void **ret_connection, struct rk_error *error)
+static enum rk_status shm_connect(const struct rk_transport_endpoint *endpoint,
+                                  const struct rk_until *until, void **ret_connection,
+                                  struct rk_error *error)
 {
     int arena_fd = -1;
     struct shm_frame_header hello;
@@ -286,16 +289,16 @@ static enum rk_status shm_connect(const struct rk_transport_endpoint *endpoint, 
         return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a connection");
     }
     client->fd = -1;
-    enum rk_status status = socket_connect(client, endpoint->shm_socket, deadline_ns, error);
+    enum rk_status status = socket_connect(client, endpoint->shm_socket, until, error);
     if (status != RK_OK) {
         goto fail;
     }
     shm_header_fill(&hello, SHM_HELLO, 0, 0);
-    status = send_all(client, &hello, sizeof(hello), deadline_ns, error);
+    status = send_all(client, &hello, sizeof(hello), until, error);
     if (status != RK_OK) {
         goto fail;
     }
-    status = hello_recv(client, deadline_ns, &arena_fd, error);
+    status = hello_recv(client, until, &arena_fd, error);
     if (status == RK_OK) {
         status = arena_map(client, arena_fd, error);
     }
@@ -324,7 +327,7 @@ static void request_begin(struct shm_client *client)
 }
 
 static enum rk_status request_send(struct shm_client *client, enum shm_frame_type type,
-                                   int64_t deadline_ns, struct rk_error *error)
+                                   const struct rk_until *until, struct rk_error *error)
 {
     struct wire_buffer *request = &client->request;
     struct shm_frame_header header;
@@ -333,7 +336,7 @@ static enum rk_status request_send(struct shm_client *client, enum shm_frame_typ
     }
     shm_header_fill(&header, type, client->request_id, request->bytes - sizeof(header));
     memcpy(request->data, &header, sizeof(header));
-    return send_all(client, request->data, request->bytes, deadline_ns, error);
+    return send_all(client, request->data, request->bytes, until, error);
 }
 
 /* The pins of a reply that nobody waits for any more. */
@@ -418,7 +421,8 @@ static enum rk_status found_read(struct shm_client *client, const struct shm_fra
 }
 
 static enum rk_status shm_get(void *connection, const struct rk_get *gets, size_t num_gets,
-                              int64_t deadline_ns, struct rk_pages *pages, struct rk_error *error)
+                              const struct rk_until *until, struct rk_pages *pages,
+                              struct rk_error *error)
 {
     struct shm_client *client = connection;
     if (client->broken) {
@@ -427,11 +431,11 @@ static enum rk_status shm_get(void *connection, const struct rk_get *gets, size_
     client->request_id++;
     request_begin(client);
     wire_gets_append(&client->request, gets, num_gets);
-    enum rk_status status = request_send(client, SHM_GET, deadline_ns, error);
+    enum rk_status status = request_send(client, SHM_GET, until, error);
     bool ours = false;
     while (status == RK_OK && !ours) {
         struct shm_frame frame;
-        status = frame_recv(client, deadline_ns, &frame, error);
+        status = frame_recv(client, until, &frame, error);
         if (status != RK_OK) {
             break;
         }
@@ -514,13 +518,13 @@ static enum rk_status outbox_make(struct shm_client *client, struct rk_error *er
 
 /* Takes frames until one slot more is free, or (results) the put is over. */
 static enum rk_status put_wait(struct shm_client *client, struct rk_put *puts, size_t num_puts,
-                               bool results, int64_t deadline_ns, struct rk_error *error)
+                               bool results, const struct rk_until *until, struct rk_error *error)
 {
     enum rk_status status = RK_OK;
     bool done = false;
     while (status == RK_OK && !done) {
         struct shm_frame frame;
-        status = frame_recv(client, deadline_ns, &frame, error);
+        status = frame_recv(client, until, &frame, error);
         if (status != RK_OK) {
             break;
         }
@@ -542,7 +546,7 @@ static enum rk_status put_wait(struct shm_client *client, struct rk_put *puts, s
 }
 
 static enum rk_status slot_send(struct shm_client *client, const struct wire_frame *frame,
-                                int64_t deadline_ns, struct rk_error *error)
+                                const struct rk_until *until, struct rk_error *error)
 {
     uint64_t place = (uint64_t)(client->slots_sent % OUTBOX_SLOTS) * SLOT_BYTES;
     struct shm_put_data data = {
@@ -557,11 +561,11 @@ static enum rk_status slot_send(struct shm_client *client, const struct wire_fra
     (void)wire_append(&client->request, frame->checksums,
                       frame->num_checksums * sizeof(frame->checksums[0]));
     client->slots_sent++;
-    return request_send(client, SHM_PUT_DATA, deadline_ns, error);
+    return request_send(client, SHM_PUT_DATA, until, error);
 }
 
 static enum rk_status put_send(struct shm_client *client, struct rk_put *puts, size_t num_puts,
-                               int64_t deadline_ns, struct wire_frame *frame,
+                               const struct rk_until *until, struct wire_frame *frame,
                                struct rk_error *error)
 {
     struct wire_outflow outflow = {.puts = puts, .num_puts = num_puts};
@@ -569,20 +573,20 @@ static enum rk_status put_send(struct shm_client *client, struct rk_put *puts, s
     client->slots_sent = client->slots_taken = 0;
     request_begin(client);
     wire_heads_append(&client->request, puts, num_puts);
-    enum rk_status status = request_send(client, SHM_PUT, deadline_ns, error);
+    enum rk_status status = request_send(client, SHM_PUT, until, error);
     while (status == RK_OK && wire_outflow_next(&outflow, SLOT_BYTES, frame)) {
         if (client->slots_sent - client->slots_taken == OUTBOX_SLOTS) {
-            status = put_wait(client, puts, num_puts, false, deadline_ns, error);
+            status = put_wait(client, puts, num_puts, false, until, error);
         }
         if (status == RK_OK) {
-            status = slot_send(client, frame, deadline_ns, error);
+            status = slot_send(client, frame, until, error);
         }
     }
-    return status == RK_OK ? put_wait(client, puts, num_puts, true, deadline_ns, error) : status;
+    return status == RK_OK ? put_wait(client, puts, num_puts, true, until, error) : status;
 }
 
 static enum rk_status shm_put(void *connection, struct rk_put *puts, size_t num_puts,
-                              int64_t deadline_ns, struct rk_error *error)
+                              const struct rk_until *until, struct rk_error *error)
 {
     struct shm_client *client = connection;
     if (client->broken) {
@@ -600,14 +604,14 @@ static enum rk_status shm_put(void *connection, struct rk_put *puts, size_t num_
         status = outbox_make(client, error);
     }
     if (status == RK_OK) {
-        status = put_send(client, puts, num_puts, deadline_ns, frame, error);
+        status = put_send(client, puts, num_puts, until, frame, error);
     }
     rk_free(frame);
     if (status != RK_OK) {
         client->broken = true; /* The store is in the middle of it. */
     }
-    return status == RK_MISS_DEADLINE
-               ? rk_error_set(error, RK_ERR_DEADLINE, "the store did not take a put in time")
+    return status == RK_ERR_DEADLINE
+               ? rk_error_set(error, status, "the store did not take a put in time")
                : status;
 }
 

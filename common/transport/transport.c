@@ -54,15 +54,15 @@ const char *rk_host_id(void)
 
 static enum rk_status connect_path(const struct transport_ops *ops,
                                    const struct rk_transport_endpoint *endpoint,
-                                   int64_t deadline_ns, struct rk_transport **ret_transport,
-                                   struct rk_error *error)
+                                   const struct rk_until *until,
+                                   struct rk_transport **ret_transport, struct rk_error *error)
 {
     struct rk_transport *transport = rk_alloc_zero(1, sizeof(*transport));
     if (!transport) {
         return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a connection");
     }
     transport->ops = ops;
-    enum rk_status status = ops->connect(endpoint, deadline_ns, &transport->connection, error);
+    enum rk_status status = ops->connect(endpoint, until, &transport->connection, error);
     if (status != RK_OK) {
         rk_free(transport);
         return status;
@@ -75,7 +75,15 @@ enum rk_status rk_transport_connect(const struct rk_transport_endpoint *endpoint
                                     int timeout_ms, struct rk_transport **ret_transport,
                                     struct rk_error *error)
 {
-    int64_t deadline_ns = rk_deadline_in_ms(timeout_ms);
+    const struct rk_until until = {.deadline_ns = rk_deadline_in_ms(timeout_ms)};
+    return rk_transport_connect_until(endpoint, path, &until, ret_transport, error);
+}
+
+enum rk_status rk_transport_connect_until(const struct rk_transport_endpoint *endpoint,
+                                          enum rk_path path, const struct rk_until *until,
+                                          struct rk_transport **ret_transport,
+                                          struct rk_error *error)
+{
     enum rk_status status = rk_error_set(error, RK_ERR_UNSUPPORTED, "the path \"%s\" is not served",
                                          rk_path_name(path));
     for (size_t i = 0; i < NUM_PATHS; i++) {
@@ -84,9 +92,9 @@ enum rk_status rk_transport_connect(const struct rk_transport_endpoint *endpoint
         if (!wanted) {
             continue;
         }
-        status = connect_path(ops, endpoint, deadline_ns, ret_transport, error);
-        if (status == RK_OK) {
-            return RK_OK;
+        status = connect_path(ops, endpoint, until, ret_transport, error);
+        if (status == RK_OK || status == RK_ERR_CANCELLED) {
+            return status;
         }
     }
     return status;
@@ -131,22 +139,22 @@ static enum rk_status gets_check(const struct rk_get *gets, size_t num_gets, str
 }
 
 enum rk_status rk_transport_get(struct rk_transport *transport, const struct rk_get *gets,
-                                size_t num_gets, int64_t deadline_ns, struct rk_pages *ret_pages,
-                                struct rk_error *error)
+                                size_t num_gets, const struct rk_until *until,
+                                struct rk_pages *ret_pages, struct rk_error *error)
 {
     enum rk_status status = gets_check(gets, num_gets, error);
     if (status != RK_OK) {
         return status;
     }
-    if (rk_deadline_left_ms(deadline_ns) == 0) {
-        return RK_MISS_DEADLINE;
+    status = rk_until_over(until);
+    if (status != RK_OK) {
+        return rk_error_set(error, status, "no time was left for a get");
     }
     if (error) {
         error->text[0] = '\0'; /* The first item that fails sets it. */
     }
     memset(ret_pages, 0, num_gets * sizeof(*ret_pages));
-    status =
-        transport->ops->get(transport->connection, gets, num_gets, deadline_ns, ret_pages, error);
+    status = transport->ops->get(transport->connection, gets, num_gets, until, ret_pages, error);
     if (status != RK_OK) {
         rk_transport_release(transport, ret_pages, num_gets);
         return status;
@@ -177,7 +185,8 @@ static bool put_sensible(const struct rk_put *put)
 }
 
 enum rk_status rk_transport_put(struct rk_transport *transport, struct rk_put *puts,
-                                size_t num_puts, int64_t deadline_ns, struct rk_error *error)
+                                size_t num_puts, const struct rk_until *until,
+                                struct rk_error *error)
 {
     size_t heads_bytes = sizeof(uint32_t);
     if (num_puts == 0 || num_puts > RK_TRANSPORT_ITEMS_MAX) {
@@ -193,13 +202,14 @@ enum rk_status rk_transport_put(struct rk_transport *transport, struct rk_put *p
         return rk_error_set(error, RK_ERR_TOO_LONG, "what describes a batch has at most %u bytes",
                             WIRE_HEADS_BYTES_MAX);
     }
-    if (rk_deadline_left_ms(deadline_ns) == 0) {
-        return rk_error_set(error, RK_ERR_DEADLINE, "no time was left for a put");
+    enum rk_status over = rk_until_over(until);
+    if (over != RK_OK) {
+        return rk_error_set(error, over, "no time was left for a put");
     }
     if (error) {
         error->text[0] = '\0';
     }
-    return transport->ops->put(transport->connection, puts, num_puts, deadline_ns, error);
+    return transport->ops->put(transport->connection, puts, num_puts, until, error);
 }
 
 void rk_transport_destroy(struct rk_transport *transport)

@@ -21,6 +21,7 @@
 #include "common/base/id.h"
 #include "common/base/kv_layout.h"
 #include "common/base/status.h"
+#include "common/base/until.h"
 
 #include <stdbool.h>
 
@@ -97,21 +98,26 @@ RK_MUST_CHECK enum rk_status rk_transport_connect(const struct rk_transport_endp
                                                   enum rk_path path, int timeout_ms,
                                                   struct rk_transport **ret_transport,
                                                   struct rk_error *error);
+/* The same for a caller that may lose interest: also RK_ERR_CANCELLED. */
+RK_MUST_CHECK enum rk_status rk_transport_connect_until(
+    const struct rk_transport_endpoint *endpoint, enum rk_path path, const struct rk_until *until,
+    struct rk_transport **ret_transport, struct rk_error *error);
 enum rk_path rk_transport_path(const struct rk_transport *transport);
 /*
  * RK_OK: the store answered; each item's status says what it said, and error has the text of the
- * first that failed. Else no item has pages: RK_MISS_DEADLINE or RK_ERR_DEADLINE,
- * RK_ERR_UNAVAILABLE (drop this connection), RK_ERR_INVALID, RK_ERR_NO_MEMORY.
+ * first that failed. Else no item has pages: RK_ERR_DEADLINE, RK_ERR_CANCELLED,
+ * RK_ERR_UNAVAILABLE (drop this connection), RK_ERR_INVALID, RK_ERR_NO_MEMORY. What is late is an
+ * error here; whether it is a miss is for the client to say.
  * ret_pages: [num_gets], each to be released; it may be released after the connection failed.
  */
 RK_MUST_CHECK enum rk_status rk_transport_get(struct rk_transport *transport,
                                               const struct rk_get *gets, size_t num_gets,
-                                              int64_t deadline_ns, struct rk_pages *ret_pages,
-                                              struct rk_error *error);
+                                              const struct rk_until *until,
+                                              struct rk_pages *ret_pages, struct rk_error *error);
 void rk_transport_release(struct rk_transport *transport, struct rk_pages *pages, size_t num_pages);
 /* As get: RK_OK, and a status in each put. When it returns nothing reads the pages any more. */
 RK_MUST_CHECK enum rk_status rk_transport_put(struct rk_transport *transport, struct rk_put *puts,
-                                              size_t num_puts, int64_t deadline_ns,
+                                              size_t num_puts, const struct rk_until *until,
                                               struct rk_error *error);
 /* Outstanding pages must be released first. Accepts NULL. */
 void rk_transport_destroy(struct rk_transport *transport);

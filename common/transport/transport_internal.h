@@ -12,17 +12,26 @@ struct transport_ops {
     const char *name;
     /* False: no use to try, such as another host's shared memory. */
     bool (*reachable)(const struct rk_transport_endpoint *endpoint);
-    enum rk_status (*connect)(const struct rk_transport_endpoint *endpoint, int64_t deadline_ns,
-                              void **ret_connection, struct rk_error *error);
+    enum rk_status (*connect)(const struct rk_transport_endpoint *endpoint,
+                              const struct rk_until *until, void **ret_connection,
+                              struct rk_error *error);
     /* Fills the zeroed pages; what it leaves there with an error is released by transport.c. */
     enum rk_status (*get)(void *connection, const struct rk_get *gets, size_t num_gets,
-                          int64_t deadline_ns, struct rk_pages *pages, struct rk_error *error);
+                          const struct rk_until *until, struct rk_pages *pages,
+                          struct rk_error *error);
     /* Of what has a hold; the pages' arrays are freed by transport.c. */
     void (*release)(void *connection, struct rk_pages *pages, size_t num_pages);
     enum rk_status (*put)(void *connection, struct rk_put *puts, size_t num_puts,
-                          int64_t deadline_ns, struct rk_error *error);
+                          const struct rk_until *until, struct rk_error *error);
     void (*destroy)(void *connection);
 };
+
+/* A store that does not take a connection in time is as good as none: RK_ERR_UNAVAILABLE, unless
+ * the caller gave up. */
+static inline enum rk_status transport_silent(const struct rk_until *until)
+{
+    return rk_until_over(until) == RK_ERR_CANCELLED ? RK_ERR_CANCELLED : RK_ERR_UNAVAILABLE;
+}
 
 extern const struct transport_ops transport_shm;
 extern const struct transport_ops transport_ucx;

@@ -363,23 +363,25 @@ static enum rk_status endpoint_create(struct ucx_client *client, const struct uc
     return RK_OK;
 }
 
-static enum rk_status greet(struct ucx_client *client, int64_t deadline_ns, struct rk_error *error)
+static enum rk_status greet(struct ucx_client *client, const struct rk_until *until,
+                            struct rk_error *error)
 {
     static const struct ucx_hello hello = {UCX_MAGIC, UCX_VERSION};
     send_frame(client, UCX_HELLO, &hello, sizeof(hello), NULL, 0);
-    while (!client->greeted && !client->broken && rk_deadline_left_ms(deadline_ns) > 0) {
-        ucx_worker_wait(&client->ucx, -1, deadline_ns);
+    while (!client->greeted && !client->broken && rk_until_over(until) == RK_OK) {
+        ucx_worker_wait(&client->ucx, -1, rk_until_slice_ns(until));
     }
     if (client->broken) {
         return lost(client, error);
     }
     return client->greeted ? RK_OK
-                           : rk_error_set(error, RK_ERR_UNAVAILABLE,
+                           : rk_error_set(error, transport_silent(until),
                                           "the store does not answer over UCX in time");
 }
 
-static enum rk_status ucx_connect(const struct rk_transport_endpoint *endpoint, int64_t deadline_ns,
-                                  void **ret_connection, struct rk_error *error)
+static enum rk_status ucx_connect(const struct rk_transport_endpoint *endpoint,
+                                  const struct rk_until *until, void **ret_connection,
+                                  struct rk_error *error)
 {
     struct ucx_address address;
     struct ucx_client *client = rk_alloc_zero(1, sizeof(*client));
@@ -398,7 +400,7 @@ static enum rk_status ucx_connect(const struct rk_transport_endpoint *endpoint, 
         status = endpoint_create(client, &address, error);
     }
     if (status == RK_OK) {
-        status = greet(client, deadline_ns, error);
+        status = greet(client, until, error);
     }
     if (status != RK_OK) {
         ucx_client_destroy(client);
@@ -411,10 +413,12 @@ static enum rk_status ucx_connect(const struct rk_transport_endpoint *endpoint, 
 /* ---- Requests ---- */
 
 /* False: the connection is of no use, or the last request has not even left. */
-static bool request_begin(struct ucx_client *client, struct rk_error *error, int64_t deadline_ns)
+static bool request_begin(struct ucx_client *client, struct rk_error *error,
+                          const struct rk_until *until)
 {
-    while (client->sending > 0 && !client->broken && rk_deadline_left_ms(deadline_ns) > 0) {
-        ucx_worker_wait(&client->ucx, -1, deadline_ns); /* The request of one given up. */
+    while (client->sending > 0 && !client->broken && rk_until_over(until) == RK_OK) {
+        ucx_worker_wait(&client->ucx, -1,
+                        rk_until_slice_ns(until)); /* The request of one given up. */
     }
     if (client->broken || client->sending > 0) {
         return false;
@@ -422,7 +426,7 @@ static bool request_begin(struct ucx_client *client, struct rk_error *error, int
     client->request_id = client->request_id == UINT32_MAX ? 1 : client->request_id + 1;
     client->request = (struct request){.id = client->request_id, .error = error};
     client->header = (struct ucx_request){UCX_MAGIC, client->request_id,
-                                          (uint32_t)rk_deadline_left_ms(deadline_ns)};
+                                          (uint32_t)rk_deadline_left_ms(until->deadline_ns)};
     client->body.bytes = 0;
     client->body.failed = false;
     return true;
@@ -438,10 +442,20 @@ static enum rk_status request_send(struct ucx_client *client, unsigned id, struc
     return RK_OK;
 }
 
-/* Why a request that did not end ended. */
-static enum rk_status request_lost(struct ucx_client *client, struct rk_error *error)
+/* Why a wait ended without what it was for. */
+static enum rk_status given_up(const struct rk_until *until)
 {
-    return client->broken ? lost(client, error) : RK_MISS_DEADLINE;
+    enum rk_status over = rk_until_over(until);
+    return over == RK_OK ? RK_ERR_DEADLINE : over;
+}
+
+/* Why a request that did not end ended. */
+static enum rk_status request_lost(struct ucx_client *client, const struct rk_until *until,
+                                   struct rk_error *error)
+{
+    return client->broken
+               ? lost(client, error)
+               : rk_error_set(error, given_up(until), "the store did not answer in time");
 }
 
 /* ---- Get ---- */
@@ -454,12 +468,13 @@ static bool get_done(const struct request *request)
 }
 
 static enum rk_status ucx_get(void *connection, const struct rk_get *gets, size_t num_gets,
-                              int64_t deadline_ns, struct rk_pages *pages, struct rk_error *error)
+                              const struct rk_until *until, struct rk_pages *pages,
+                              struct rk_error *error)
 {
     struct ucx_client *client = connection;
     struct request *request = &client->request;
-    if (!request_begin(client, error, deadline_ns)) {
-        return lost(client, error);
+    if (!request_begin(client, error, until)) {
+        return request_lost(client, until, error);
     }
     request->gets = gets;
     request->num_gets = num_gets;
@@ -467,19 +482,19 @@ static enum rk_status ucx_get(void *connection, const struct rk_get *gets, size_
     wire_gets_append(&client->body, gets, num_gets);
     enum rk_status status = request_send(client, UCX_GET, error);
     while (status == RK_OK && !get_done(request) && !client->broken &&
-           rk_deadline_left_ms(deadline_ns) > 0) {
-        ucx_worker_wait(&client->ucx, -1, deadline_ns);
+           rk_until_over(until) == RK_OK) {
+        ucx_worker_wait(&client->ucx, -1, rk_until_slice_ns(until));
     }
     request->id = 0;
     if (status == RK_OK && get_done(request)) {
         return request->status;
     }
     if (status == RK_OK) {
-        status = request_lost(client, error);
+        status = request_lost(client, until, error);
     }
     if (request->receiving > 0) {
         client_kill(client); /* UCX must not write into what is another's by then. */
-        status = rk_error_set(error, RK_ERR_DEADLINE, "the store stopped in a frame");
+        status = rk_error_set(error, given_up(until), "the store stopped in a frame");
     }
     return status;
 }
@@ -554,7 +569,7 @@ static bool put_push(struct ucx_client *client, struct wire_outflow *outflow)
 }
 
 static enum rk_status ucx_put(void *connection, struct rk_put *puts, size_t num_puts,
-                              int64_t deadline_ns, struct rk_error *error)
+                              const struct rk_until *until, struct rk_error *error)
 {
     struct ucx_client *client = connection;
     struct request *request = &client->request;
@@ -565,29 +580,29 @@ static enum rk_status ucx_put(void *connection, struct rk_put *puts, size_t num_
     if (!client->put_frames) {
         return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a put");
     }
-    if (!request_begin(client, error, deadline_ns)) {
-        return lost(client, error);
+    if (!request_begin(client, error, until)) {
+        return request_lost(client, until, error);
     }
     request->puts = puts;
     request->num_puts = num_puts;
     wire_heads_append(&client->body, puts, num_puts);
     enum rk_status status = request_send(client, UCX_PUT, error);
     bool more = status == RK_OK;
-    while (status == RK_OK && !client->broken && rk_deadline_left_ms(deadline_ns) > 0 &&
+    while (status == RK_OK && !client->broken && rk_until_over(until) == RK_OK &&
            !(request->replied && client->sending == 0)) {
         more = more && !request->replied && put_push(client, &outflow);
-        ucx_worker_wait(&client->ucx, -1, deadline_ns);
+        ucx_worker_wait(&client->ucx, -1, rk_until_slice_ns(until));
     }
     request->id = 0;
     if (status == RK_OK && request->replied && client->sending == 0) {
         return request->status;
     }
     if (status == RK_OK) {
-        status = request_lost(client, error);
+        status = request_lost(client, until, error);
     }
     client_kill(client); /* It is in the middle of a put, and may still read the pages. */
-    return status == RK_MISS_DEADLINE
-               ? rk_error_set(error, RK_ERR_DEADLINE, "the store did not take a put in time")
+    return status == RK_ERR_DEADLINE
+               ? rk_error_set(error, status, "the store did not take a put in time")
                : status;
 }
 

@@ -195,7 +195,9 @@ static void client_put_value(struct rk_transport *transport, const char *key, si
     for (uint64_t i = 0; i < put.num_pages; i++) {
         pages[i] = data + i * RK_VALUE_PAGE_BYTES;
     }
-    if (rk_transport_put(transport, &put, 1, rk_deadline_in_ms(STORE_WAIT_MS), &error) != RK_OK ||
+    if (rk_transport_put(transport, &put, 1,
+                         &(struct rk_until){rk_deadline_in_ms(STORE_WAIT_MS), NULL, NULL},
+                         &error) != RK_OK ||
         put.status != RK_OK) {
         fail_msg("put of \"%s\": %s", key, error.text);
     }
@@ -211,8 +213,9 @@ static void client_get_value(struct rk_transport *transport, const char *key, si
                                .verify = true};
     struct rk_pages pages = {.status = RK_OK};
     struct rk_error error = {.text = ""};
-    if (rk_transport_get(transport, &get, 1, rk_deadline_in_ms(STORE_WAIT_MS), &pages, &error) !=
-            RK_OK ||
+    if (rk_transport_get(transport, &get, 1,
+                         &(struct rk_until){rk_deadline_in_ms(STORE_WAIT_MS), NULL, NULL}, &pages,
+                         &error) != RK_OK ||
         pages.status != RK_OK) {
         fail_msg("get of \"%s\": %s %s", key, rk_status_name(pages.status), error.text);
     }

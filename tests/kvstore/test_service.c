@@ -270,7 +270,10 @@ static void a_stopped_store_is_a_miss_in_time(void **state)
         rk_transport_release(reader, &pages, 1);
         kill(daemon->pid, SIGSTOP);
         assert_int_equal(waitpid(daemon->pid, &stopped, WUNTRACED), daemon->pid);
-        assert_int_equal(get_one(reader, &get, 100, &pages, NULL), RK_MISS_DEADLINE);
+        assert_int_equal(get_one(reader, &get, 100, &pages, NULL), RK_ERR_DEADLINE);
+        int64_t took_ms = 0;
+        assert_int_equal(get_one_cancelled(reader, &get, &took_ms), RK_ERR_CANCELLED);
+        assert_true(took_ms < 1000);
         kill(daemon->pid, SIGCONT);
         assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_OK);
         rk_transport_release(reader, &pages, 1);

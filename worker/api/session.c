@@ -15,8 +15,10 @@ static enum rk_status locate(const struct session *session, const struct rk_id *
 {
     const struct api *api = session->api;
     if (api->options.kv) {
+        const struct rk_until until = {.deadline_ns =
+                                           rk_deadline_in_ms(api->options.fetch_timeout_ms)};
         return rk_kv_locate(api->options.kv, &api->options.fingerprint, ids, num_ids,
-                            with_token_ids, ret_locations, error);
+                            with_token_ids, &until, ret_locations, error);
     }
     for (size_t i = 0; i < num_ids; i++) {
         ret_locations[i] = (struct rk_kv_location){.status = RK_MISS_ABSENT, .segment_id = ids[i]};
@@ -288,7 +290,7 @@ static void fetch(struct session *session, bool *ret_replan)
 {
     const struct api *api = session->api;
     int64_t begin = rk_clock_ns();
-    int64_t deadline = rk_deadline_in_ms(api->options.fetch_timeout_ms);
+    const struct rk_until until = {.deadline_ns = rk_deadline_in_ms(api->options.fetch_timeout_ms)};
     for (uint32_t i = 0; i < session->num_segments; i++) {
         const struct recovery_run *run = &session->plan.runs[i];
         if (run->source != RECOVERY_CHAIN && run->source != RECOVERY_SEGMENT) {
@@ -296,9 +298,9 @@ static void fetch(struct session *session, bool *ret_replan)
         }
         struct rk_kv_location *location = source_of(session, i);
         struct rk_error why = {.text = ""};
-        enum rk_status status = rk_kv_get(
-            api->options.kv, &api->options.fingerprint, &api->layout, location, run->extents,
-            run->num_extents, rk_deadline_left_ms(deadline), &session->fetched[i], &why);
+        enum rk_status status =
+            rk_kv_get(api->options.kv, &api->options.fingerprint, &api->layout, location,
+                      run->extents, run->num_extents, &until, &session->fetched[i], &why);
         if (status != RK_OK) {
             session->fetched[i] = (struct rk_kv_pages){0};
             count_miss(session, i, location,
@@ -416,7 +418,9 @@ static void drop_bad_copy(struct session *session, const struct rk_id *id)
 {
     uint32_t dropped = 0;
     struct rk_error error = {.text = ""};
-    if (rk_kv_drop(session->api->options.kv, id, 1, &dropped, &error) != RK_OK) {
+    const struct rk_until until = {.deadline_ns =
+                                       rk_deadline_in_ms(session->api->options.fetch_timeout_ms)};
+    if (rk_kv_drop(session->api->options.kv, id, 1, &until, &dropped, &error) != RK_OK) {
         RK_LOG_WARN("drop_failed", "reason=%q", error.text);
     }
 }
@@ -488,7 +492,9 @@ static enum rk_status store_pages(struct session *session, uint32_t segment, con
         .pages = pages,
         .checksums = checksums,
     };
-    status = rk_kv_put(api->options.kv, &put, api->options.publish_timeout_ms, NULL, error);
+    const struct rk_until until = {.deadline_ns =
+                                       rk_deadline_in_ms(api->options.publish_timeout_ms)};
+    status = rk_kv_put(api->options.kv, &put, &until, NULL, error);
     if (status == RK_OK) {
         *ret_bytes = total * page_bytes;
         rk_metric_add(api->metrics.published, 1);

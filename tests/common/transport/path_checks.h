@@ -44,7 +44,10 @@ static inline void a_batch_is_one_answer(struct rk_transport *reader, struct pin
     gets[2].buffer = buffer + 1; /* Misaligned, as buffers may be. */
     gets[3].generation = 9;
     assert_int_equal(
-        rk_transport_get(reader, gets, 4, rk_deadline_in_ms(PATH_WAIT_MS), pages, &error), RK_OK);
+        rk_transport_get(reader, gets, 4,
+                         &(struct rk_until){rk_deadline_in_ms(PATH_WAIT_MS), NULL, NULL}, pages,
+                         &error),
+        RK_OK);
     assert_int_equal(pages[0].status, RK_OK);
     assert_int_equal(pages[1].status, RK_ERR_INVALID);
     assert_int_equal(pages[2].status, RK_OK);
@@ -59,11 +62,15 @@ static inline void a_batch_is_one_answer(struct rk_transport *reader, struct pin
     rk_transport_release(reader, pages, 4);
     gets[0].page_bytes = 0; /* A value has no extents: our own mistake is refused here. */
     assert_int_equal(
-        rk_transport_get(reader, gets, 1, rk_deadline_in_ms(PATH_WAIT_MS), pages, &error),
+        rk_transport_get(reader, gets, 1,
+                         &(struct rk_until){rk_deadline_in_ms(PATH_WAIT_MS), NULL, NULL}, pages,
+                         &error),
         RK_ERR_INVALID);
-    assert_int_equal(rk_transport_get(reader, gets, RK_TRANSPORT_ITEMS_MAX + 1,
-                                      rk_deadline_in_ms(PATH_WAIT_MS), pages, &error),
-                     RK_ERR_INVALID);
+    assert_int_equal(
+        rk_transport_get(reader, gets, RK_TRANSPORT_ITEMS_MAX + 1,
+                         &(struct rk_until){rk_deadline_in_ms(PATH_WAIT_MS), NULL, NULL}, pages,
+                         &error),
+        RK_ERR_INVALID);
     rk_free(buffer);
 }
 
@@ -126,14 +133,18 @@ static inline void puts_arrive_whole(struct rk_transport *transport, struct pinn
     }
     int before = atomic_load(&store->ended);
     assert_int_equal(
-        rk_transport_put(transport, puts, COUNT, rk_deadline_in_ms(PATH_WAIT_MS), &error), RK_OK);
+        rk_transport_put(transport, puts, COUNT,
+                         &(struct rk_until){rk_deadline_in_ms(PATH_WAIT_MS), NULL, NULL}, &error),
+        RK_OK);
     for (unsigned i = 0; i < COUNT; i++) {
         assert_int_equal(puts[i].status, RK_OK);
     }
     assert_int_equal(atomic_load(&store->ended), before + COUNT);
     for (unsigned i = 0; i < COUNT; i++) {
         assert_int_equal(
-            rk_transport_put(transport, &puts[i], 1, rk_deadline_in_ms(PATH_WAIT_MS), &error),
+            rk_transport_put(transport, &puts[i], 1,
+                             &(struct rk_until){rk_deadline_in_ms(PATH_WAIT_MS), NULL, NULL},
+                             &error),
             RK_OK);
         assert_int_equal(puts[i].status, RK_OK);
         assert_int_equal(store->put_sum, rk_hash_xxh3(items[i].bytes, sizes[i]));
@@ -160,8 +171,10 @@ static inline void a_failed_item_hurts_no_other(struct rk_transport *transport,
     }
     puts[3].checksums = checksums;
     int before = atomic_load(&store->ended);
-    assert_int_equal(rk_transport_put(transport, puts, 5, rk_deadline_in_ms(PATH_WAIT_MS), &error),
-                     RK_OK);
+    assert_int_equal(
+        rk_transport_put(transport, puts, 5,
+                         &(struct rk_until){rk_deadline_in_ms(PATH_WAIT_MS), NULL, NULL}, &error),
+        RK_OK);
     assert_int_equal(puts[0].status, RK_OK);
     assert_int_equal(puts[1].status, RK_ERR_FULL);
     assert_int_equal(puts[2].status, RK_ERR_EXISTS);
@@ -172,12 +185,16 @@ static inline void a_failed_item_hurts_no_other(struct rk_transport *transport,
     assert_int_equal(atomic_load(&store->puts), 0);
     /* Where the next item's bytes begin is not known: the whole put fails, the connection stays. */
     items[0].head.bytes = 0;
-    assert_int_equal(rk_transport_put(transport, puts, 2, rk_deadline_in_ms(PATH_WAIT_MS), &error),
-                     RK_OK);
+    assert_int_equal(
+        rk_transport_put(transport, puts, 2,
+                         &(struct rk_until){rk_deadline_in_ms(PATH_WAIT_MS), NULL, NULL}, &error),
+        RK_OK);
     assert_true(puts[0].status != RK_OK && puts[1].status != RK_OK);
     items[0].head.bytes = 150000;
-    assert_int_equal(rk_transport_put(transport, puts, 1, rk_deadline_in_ms(PATH_WAIT_MS), &error),
-                     RK_OK);
+    assert_int_equal(
+        rk_transport_put(transport, puts, 1,
+                         &(struct rk_until){rk_deadline_in_ms(PATH_WAIT_MS), NULL, NULL}, &error),
+        RK_OK);
     assert_int_equal(puts[0].status, RK_OK);
     for (unsigned i = 0; i < 5; i++) {
         rk_free(items[i].bytes);

@@ -177,7 +177,7 @@ static void misses_and_errors_carry_their_reason(void **state)
     assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, &error), RK_ERR_INVALID);
     assert_string_equal(error.text, "extent 0 is outside");
     get = get_of(two_extents, 2);
-    assert_int_equal(get_one(reader, &get, 0, &pages, &error), RK_MISS_DEADLINE);
+    assert_int_equal(get_one(reader, &get, 0, &pages, &error), RK_ERR_DEADLINE);
     assert_null(pages.pages);
     rk_transport_destroy(reader);
 }
@@ -457,7 +457,7 @@ static void a_stopped_store_is_a_miss_in_time(void **state)
     assert_int_equal(waitpid(child, &stopped, WUNTRACED), child); /* It takes effect later. */
     assert_true(WIFSTOPPED(stopped));
     for (int i = 0; i < 3; i++) {
-        assert_int_equal(get_one(reader, &get, 30, &pages, NULL), RK_MISS_DEADLINE);
+        assert_int_equal(get_one(reader, &get, 30, &pages, NULL), RK_ERR_DEADLINE);
     }
     struct rk_transport_endpoint endpoint = {
         .grpc_address = "", .host_id = "", .shm_socket = arena->socket};
