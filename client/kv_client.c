@@ -2,6 +2,7 @@
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/log.h"
+#include "common/rpc/origin_message.h"
 
 #include <stdatomic.h>
 #include <string.h>
@@ -210,6 +211,9 @@ static enum rk_status location_take(const Redknot__V1__LocateReply *reply,
         if (!location->label) {
             return RK_ERR_NO_MEMORY;
         }
+    }
+    if (!rk_origin_message_read(from->origin, &location->origin)) {
+        RK_LOG_WARN("locate_reply_malformed", "field=origin");
     }
     bool ids_fit = from->n_token_ids > 0 && from->n_token_ids <= RK_SEGMENT_TOKENS_MAX &&
                    (location->num_tokens == 0 || location->num_tokens == from->n_token_ids);

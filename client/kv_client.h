@@ -17,6 +17,7 @@
 
 #include "common/base/id.h"
 #include "common/base/kv_layout.h"
+#include "common/base/origin.h"
 #include "common/base/status.h"
 #include "common/base/until.h"
 #include "common/transport/transport.h"
@@ -38,10 +39,11 @@ void rk_kv_client_destroy(struct rk_kv_client *client); /* accepts NULL; no hold
 struct rk_kv_location {
     enum rk_status status; /* RK_OK or RK_MISS_* */
     struct rk_id segment_id;
-    uint32_t num_tokens; /* 0 when nothing is known of the segment */
-    int32_t *token_ids;  /* [num_tokens] if asked for and known, also with a miss; else NULL */
-    char *label;         /* NULL: unknown */
-    void *shards;        /* of kv_client.c; NULL with a miss */
+    uint32_t num_tokens;     /* 0 when nothing is known of the segment */
+    int32_t *token_ids;      /* [num_tokens] if asked for and known, also with a miss; else NULL */
+    char *label;             /* NULL: unknown */
+    struct rk_origin origin; /* zeroed: unknown */
+    void *shards;            /* of kv_client.c; NULL with a miss */
 };
 
 /* Batched: locations[i] answers ids[i]. When the coordinator does not answer, every location is
@@ -81,6 +83,7 @@ struct rk_kv_put {
     uint32_t num_tokens;
     const int32_t *token_ids; /* [num_tokens] or NULL */
     const char *label;        /* or NULL */
+    struct rk_origin origin;  /* what it was computed from; zeroed: not told */
     const void *const *pages;
     const uint64_t *checksums;
 };

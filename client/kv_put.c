@@ -2,6 +2,7 @@
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/log.h"
+#include "common/rpc/origin_message.h"
 
 #include <string.h>
 
@@ -15,6 +16,7 @@ static enum rk_status head_pack(const struct rk_kv_put *put, Redknot__V1__Shard 
 {
     Redknot__V1__PutItem item = REDKNOT__V1__PUT_ITEM__INIT;
     Redknot__V1__PutShard what = REDKNOT__V1__PUT_SHARD__INIT;
+    Redknot__V1__Origin origin;
     what.shard = shard;
     if (put->token_ids) {
         what.n_token_ids = put->num_tokens;
@@ -22,6 +24,10 @@ static enum rk_status head_pack(const struct rk_kv_put *put, Redknot__V1__Shard 
     }
     if (put->label) {
         what.label = (char *)put->label;
+    }
+    if (rk_origin_known(&put->origin)) {
+        rk_origin_message_fill(&put->origin, &origin);
+        what.origin = &origin;
     }
     item.what_case = REDKNOT__V1__PUT_ITEM__WHAT_SHARD;
     item.shard = &what;
@@ -123,6 +129,7 @@ static enum rk_status place(struct rk_kv_client *client, const struct rk_kv_put 
 {
     Redknot__V1__PlaceRequest request = REDKNOT__V1__PLACE_REQUEST__INIT;
     Redknot__V1__KvLayout layout = REDKNOT__V1__KV_LAYOUT__INIT;
+    Redknot__V1__Origin origin;
     layout.num_layers = put->layout.num_layers;
     layout.num_kv_heads = put->layout.num_kv_heads;
     layout.head_dim = put->layout.head_dim;
@@ -138,6 +145,10 @@ static enum rk_status place(struct rk_kv_client *client, const struct rk_kv_put 
     }
     if (put->label) {
         request.label = (char *)put->label;
+    }
+    if (rk_origin_known(&put->origin)) {
+        rk_origin_message_fill(&put->origin, &origin);
+        request.origin = &origin;
     }
     struct rk_until soon = rk_kv_metadata_until(client, until);
     enum rk_status status = rk_rpc_unary_until(client->coordinator, "/redknot.v1.Coordinator/Place",

@@ -3,6 +3,7 @@
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/log.h"
+#include "common/base/origin.h"
 #include "common/rpc/rpc.h"
 
 #include <pthread.h>
@@ -16,6 +17,7 @@
 #define CHANNELS_MAX        64
 #define WORKERS_TRIED_MAX   8
 #define STATUS_SEGMENTS_MAX 100000
+#define DROP_IDS_MAX        4096 /* in one call */
 
 struct channel {
     char *address;
@@ -237,11 +239,29 @@ static enum rk_status ask_coordinator(struct rk_client *client, const char *path
     return status;
 }
 
+/* What a status borrows its strings from. */
+struct status_pages {
+    Redknot__V1__StatusReply **replies;
+    size_t count;
+    size_t num_segments;
+};
+
+static void status_pages_free(struct status_pages *pages)
+{
+    for (size_t i = 0; pages && i < pages->count; i++) {
+        rk_rpc_message_free(&pages->replies[i]->base);
+    }
+    if (pages) {
+        rk_free(pages->replies);
+    }
+    rk_free(pages);
+}
+
 void rk_cluster_status_clear(struct rk_cluster_status *status)
 {
     rk_free(status->nodes);
     rk_free(status->segments);
-    rk_rpc_message_free(status->owner);
+    status_pages_free(status->owner);
     memset(status, 0, sizeof(*status));
 }
 
@@ -274,75 +294,179 @@ static struct rk_node_status node_from(const Redknot__V1__StatusReply__Node *nod
                                    .state = state};
 }
 
-enum rk_status rk_client_status(struct rk_client *client, uint32_t segments_max,
-                                struct rk_cluster_status *ret_status, struct rk_error *error)
+/* Takes over reply, also when memory is out. */
+static enum rk_status status_pages_add(struct status_pages *pages, Redknot__V1__StatusReply *reply)
+{
+    Redknot__V1__StatusReply **more =
+        rk_alloc_resize(pages->replies, pages->count + 1, sizeof(Redknot__V1__StatusReply *));
+    if (!more) {
+        rk_rpc_message_free(&reply->base);
+        return RK_ERR_NO_MEMORY;
+    }
+    pages->replies = more;
+    pages->replies[pages->count++] = reply;
+    pages->num_segments += reply->n_segments;
+    return RK_OK;
+}
+
+/* Page after page, until there are enough segments. */
+static enum rk_status status_pages_read(struct rk_client *client,
+                                        const struct rk_status_query *query,
+                                        struct status_pages *pages, struct rk_error *error)
 {
     Redknot__V1__StatusRequest request = REDKNOT__V1__STATUS_REQUEST__INIT;
-    Redknot__V1__StatusReply *reply = NULL;
-    request.with_segments = segments_max > 0;
-    request.segments_max = segments_max < STATUS_SEGMENTS_MAX ? segments_max : STATUS_SEGMENTS_MAX;
-    enum rk_status status =
-        ask_coordinator(client, "/redknot.v1.Coordinator/Status", &request.base,
-                        &redknot__v1__status_reply__descriptor, (ProtobufCMessage **)&reply, error);
-    if (status != RK_OK) {
-        return status;
+    bool more = true;
+    while (more) {
+        Redknot__V1__StatusReply *reply = NULL;
+        size_t left = query->segments_max - pages->num_segments;
+        request.with_segments = query->segments_max > 0;
+        request.segments_max = left < STATUS_SEGMENTS_MAX ? (uint32_t)left : STATUS_SEGMENTS_MAX;
+        request.with_gone = query->with_gone;
+        enum rk_status status = ask_coordinator(
+            client, "/redknot.v1.Coordinator/Status", &request.base,
+            &redknot__v1__status_reply__descriptor, (ProtobufCMessage **)&reply, error);
+        if (status != RK_OK) {
+            return status;
+        }
+        if (status_pages_add(pages, reply) != RK_OK) {
+            return rk_client_no_memory(error, "reading the cluster's status");
+        }
+        request.after = reply->next_after;
+        more = reply->next_after.len > 0 && pages->num_segments < query->segments_max;
     }
-    struct rk_cluster_status result = {.owner = reply,
-                                       .num_nodes = reply->n_nodes,
-                                       .num_segments_listed = reply->n_segments,
-                                       .num_segments = reply->num_segments,
-                                       .uptime_ms = reply->uptime_ms,
-                                       .version = reply->version};
-    result.nodes = rk_alloc_zero(reply->n_nodes + 1, sizeof(*result.nodes));
-    result.segments = rk_alloc_zero(reply->n_segments + 1, sizeof(*result.segments));
-    if (!result.nodes || !result.segments) {
-        rk_cluster_status_clear(&result);
-        return rk_client_no_memory(error, "reading the cluster's status");
-    }
-    for (size_t i = 0; i < reply->n_nodes; i++) {
-        result.nodes[i] = node_from(reply->nodes[i]);
-    }
-    for (size_t i = 0; i < reply->n_segments; i++) {
-        const Redknot__V1__StatusReply__Segment *segment = reply->segments[i];
-        result.segments[i] =
-            (struct rk_segment_status){.segment_id = rk_id_from_message(segment->segment_id),
+    return RK_OK;
+}
+
+static struct rk_segment_status segment_from(const Redknot__V1__StatusReply__Segment *segment)
+{
+    struct rk_segment_status result = {.segment_id = rk_id_from_message(segment->segment_id),
                                        .label = segment->label,
                                        .num_tokens = segment->num_tokens,
                                        .bytes = segment->bytes,
                                        .committed = segment->committed,
                                        .node_ids = (const char *const *)segment->node_ids,
-                                       .num_node_ids = segment->n_node_ids};
+                                       .num_node_ids = segment->n_node_ids,
+                                       .kind = segment->kind,
+                                       .state = segment->state};
+    if (segment->alone_id.len == RK_ID_BYTES) {
+        result.alone_id = rk_id_from_message(segment->alone_id);
+    }
+    if (segment->state[0] == '\0') { /* A coordinator of an older version does not tell it. */
+        result.state = segment->committed ? "stored" : "gone";
+    }
+    return result;
+}
+
+enum rk_status rk_client_status_query(struct rk_client *client, const struct rk_status_query *query,
+                                      struct rk_cluster_status *ret_status, struct rk_error *error)
+{
+    struct status_pages *pages = rk_alloc_zero(1, sizeof(*pages));
+    if (!pages) {
+        return rk_client_no_memory(error, "reading the cluster's status");
+    }
+    enum rk_status status = status_pages_read(client, query, pages, error);
+    if (status != RK_OK) {
+        status_pages_free(pages);
+        return status;
+    }
+    const Redknot__V1__StatusReply *first = pages->replies[0];
+    struct rk_cluster_status result = {.owner = pages,
+                                       .num_nodes = first->n_nodes,
+                                       .num_segments = first->num_segments,
+                                       .num_gone = first->num_gone,
+                                       .uptime_ms = first->uptime_ms,
+                                       .version = first->version};
+    result.nodes = rk_alloc_zero(first->n_nodes + 1, sizeof(*result.nodes));
+    result.segments = rk_alloc_zero(pages->num_segments + 1, sizeof(*result.segments));
+    if (!result.nodes || !result.segments) {
+        rk_cluster_status_clear(&result);
+        return rk_client_no_memory(error, "reading the cluster's status");
+    }
+    for (size_t i = 0; i < first->n_nodes; i++) {
+        result.nodes[i] = node_from(first->nodes[i]);
+    }
+    for (size_t i = 0; i < pages->count; i++) {
+        for (size_t j = 0; j < pages->replies[i]->n_segments; j++) {
+            result.segments[result.num_segments_listed++] =
+                segment_from(pages->replies[i]->segments[j]);
+        }
     }
     *ret_status = result;
     return RK_OK;
 }
 
-enum rk_status rk_client_drop(struct rk_client *client, const struct rk_id *ids, size_t num_ids,
-                              uint32_t *ret_dropped, struct rk_error *error)
+enum rk_status rk_client_status(struct rk_client *client, uint32_t segments_max,
+                                struct rk_cluster_status *ret_status, struct rk_error *error)
 {
-    Redknot__V1__DropRequest request = REDKNOT__V1__DROP_REQUEST__INIT;
+    struct rk_status_query query = {.segments_max = segments_max};
+    return rk_client_status_query(client, &query, ret_status, error);
+}
+
+/* ---- Drop ---- */
+
+static enum rk_status drop_call(struct rk_client *client, const Redknot__V1__DropRequest *request,
+                                struct rk_drop_result *result, struct rk_error *error)
+{
     Redknot__V1__DropReply *reply = NULL;
-    ProtobufCBinaryData *names = rk_alloc_zero(num_ids + 1, sizeof(*names));
+    enum rk_status status =
+        ask_coordinator(client, "/redknot.v1.Coordinator/Drop", &request->base,
+                        &redknot__v1__drop_reply__descriptor, (ProtobufCMessage **)&reply, error);
+    if (status == RK_OK) {
+        result->dropped += reply->dropped;
+        result->chains += reply->chains;
+        rk_rpc_message_free(&reply->base);
+    }
+    return status;
+}
+
+enum rk_status rk_client_drop_query(struct rk_client *client, const struct rk_drop_query *query,
+                                    struct rk_drop_result *ret_result, struct rk_error *error)
+{
+    struct rk_drop_result result = {.dropped = 0};
+    struct rk_salt_tag tag;
+    size_t batch = query->num_ids < DROP_IDS_MAX ? query->num_ids : DROP_IDS_MAX;
+    ProtobufCBinaryData *names = rk_alloc_zero(batch + 1, sizeof(*names));
+    enum rk_status status = RK_OK;
+    size_t begin = 0;
     if (!names) {
         return rk_client_no_memory(error, "dropping segments");
     }
-    for (size_t i = 0; i < num_ids; i++) {
-        names[i] = (ProtobufCBinaryData){RK_ID_BYTES, (uint8_t *)ids[i].bytes};
-    }
-    request.n_segment_ids = num_ids;
-    request.segment_ids = names;
-    enum rk_status status =
-        ask_coordinator(client, "/redknot.v1.Coordinator/Drop", &request.base,
-                        &redknot__v1__drop_reply__descriptor, (ProtobufCMessage **)&reply, error);
+    do { /* Once also without ids. */
+        Redknot__V1__DropRequest request = REDKNOT__V1__DROP_REQUEST__INIT;
+        size_t count = query->num_ids - begin < batch ? query->num_ids - begin : batch;
+        for (size_t i = 0; i < count; i++) {
+            names[i] = (ProtobufCBinaryData){RK_ID_BYTES, (uint8_t *)query->ids[begin + i].bytes};
+        }
+        request.n_segment_ids = count;
+        request.segment_ids = names;
+        begin += count;
+        if (begin == query->num_ids) { /* What takes longer comes with the last ids. */
+            request.label = (char *)(query->label ? query->label : "");
+            request.all = query->all;
+            if (query->salt) {
+                tag = rk_salt_tag(query->salt, query->salt_bytes);
+                request.salt_tag = (ProtobufCBinaryData){sizeof(tag.bytes), tag.bytes};
+            }
+        }
+        status = drop_call(client, &request, &result, error);
+    } while (status == RK_OK && begin < query->num_ids);
     rk_free(names);
-    if (status != RK_OK) {
-        return status;
+    if (status == RK_OK) {
+        *ret_result = result;
     }
-    if (ret_dropped) {
-        *ret_dropped = reply->dropped;
+    return status;
+}
+
+enum rk_status rk_client_drop(struct rk_client *client, const struct rk_id *ids, size_t num_ids,
+                              uint32_t *ret_dropped, struct rk_error *error)
+{
+    struct rk_drop_query query = {.ids = ids, .num_ids = num_ids};
+    struct rk_drop_result result;
+    enum rk_status status = rk_client_drop_query(client, &query, &result, error);
+    if (status == RK_OK && ret_dropped) {
+        *ret_dropped = (uint32_t)result.dropped;
     }
-    rk_rpc_message_free(&reply->base);
-    return RK_OK;
+    return status;
 }
 
 /* ---- Calls to workers ---- */

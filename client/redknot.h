@@ -191,6 +191,9 @@ struct rk_segment_status {
     bool committed;
     const char *const *node_ids;
     size_t num_node_ids;
+    const char *kind;      /* "alone", "chain": computed behind others; "": not known */
+    const char *state;     /* "stored"; "away": comes back with its node; "gone": only tokens */
+    struct rk_id alone_id; /* of a chain: the segment that it ends with; else zero */
 };
 /* Strings belong to it. Given back with rk_cluster_status_clear. */
 struct rk_cluster_status {
@@ -198,7 +201,8 @@ struct rk_cluster_status {
     size_t num_nodes;
     struct rk_segment_status *segments; /* those listed */
     size_t num_segments_listed;
-    uint64_t num_segments; /* that exist */
+    uint64_t num_segments; /* that are known */
+    uint64_t num_gone;     /* of these: only the tokens are left */
     uint64_t uptime_ms;
     const char *version;
     void *owner; /* of the library */
@@ -209,6 +213,13 @@ RK_MUST_CHECK RK_CLIENT_API enum rk_status rk_client_status(struct rk_client *cl
                                                             uint32_t segments_max,
                                                             struct rk_cluster_status *ret_status,
                                                             struct rk_error *error);
+struct rk_status_query {
+    uint32_t segments_max; /* 0: none */
+    bool with_gone;        /* list also segments whose KV is gone */
+};
+RK_MUST_CHECK RK_CLIENT_API enum rk_status rk_client_status_query(
+    struct rk_client *client, const struct rk_status_query *query,
+    struct rk_cluster_status *ret_status, struct rk_error *error);
 RK_CLIENT_API void rk_cluster_status_clear(struct rk_cluster_status *status);
 
 /* Address of a living worker, to be freed with rk_client_string_free: for calls that must meet the
@@ -218,6 +229,29 @@ RK_MUST_CHECK RK_CLIENT_API enum rk_status rk_client_pick_worker(struct rk_clien
                                                                  struct rk_error *error);
 RK_CLIENT_API void rk_client_string_free(char *text);
 
+/*
+ * Forgets segments, and with each the chains that it is part of: those that end with it, and
+ * whatever continues one of these. A chain's id drops that chain and what continues it. Afterwards
+ * nothing that was stored before answers under these names; it is computed when it is asked for.
+ * ids may be of segments that are not known (any more).
+ */
+struct rk_drop_query {
+    const struct rk_id *ids;
+    size_t num_ids;
+    const char *label; /* also all with just this label; NULL: none */
+    const void *salt;  /* also all of this tenant; NULL: none; no bytes: of those without a salt */
+    size_t salt_bytes;
+    bool all;
+};
+struct rk_drop_result {
+    uint64_t dropped; /* of those that were named */
+    uint64_t chains;  /* with them */
+};
+RK_MUST_CHECK RK_CLIENT_API enum rk_status rk_client_drop_query(struct rk_client *client,
+                                                                const struct rk_drop_query *query,
+                                                                struct rk_drop_result *ret_result,
+                                                                struct rk_error *error);
+/* The same for ids only. ret_dropped may be NULL. */
 RK_MUST_CHECK RK_CLIENT_API enum rk_status rk_client_drop(struct rk_client *client,
                                                           const struct rk_id *ids, size_t num_ids,
                                                           uint32_t *ret_dropped,

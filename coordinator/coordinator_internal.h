@@ -99,6 +99,9 @@ RK_MUST_CHECK enum rk_status coordinator_next_generation(struct coordinator *coo
 RK_MUST_CHECK enum rk_status coordinator_skip_generation(struct coordinator *coordinator,
                                                          uint64_t generation,
                                                          struct rk_error *error);
+/* All that was ever handed out is not wanted any more. Synced. Under write_lock. */
+RK_MUST_CHECK enum rk_status coordinator_drop_generations(struct coordinator *coordinator,
+                                                          struct rk_error *error);
 RK_MUST_CHECK enum rk_status coordinator_save_node(struct coordinator *coordinator,
                                                    const Redknot__V1__NodeInfo *info,
                                                    struct rk_error *error);
@@ -171,8 +174,9 @@ void coordinator_store_failed(struct coordinator *coordinator, const char *node_
 
 /* ---- What the handlers share ---- */
 
-/* Tells store nodes to give shards up; best effort, within timeout_ms in all. No locks held. */
-void coordinator_send_drops(struct coordinator *coordinator, const struct index_drops *drops,
+/* Tells store nodes to give shards up, within timeout_ms in all; a living one that could not be
+ * told is asked to announce, which tells it. No locks held. */
+void coordinator_send_drops(struct coordinator *coordinator, struct index_drops *drops,
                             int timeout_ms);
 /* One best-effort call; a failure is only logged. No locks held. */
 void coordinator_tell_store(struct coordinator *coordinator, enum peers_verb verb,
@@ -181,6 +185,10 @@ void coordinator_tell_store(struct coordinator *coordinator, enum peers_verb ver
 /* AbortShard and, for the first num_tried that may have committed, DropShard. No locks held. */
 void coordinator_undo_placed(struct coordinator *coordinator, const struct placed *placed,
                              uint32_t num_tried);
+/* All ids at once, so that a bad one changes nothing. */
+RK_MUST_CHECK enum rk_status coordinator_read_ids(struct arena *arena,
+                                                  const ProtobufCBinaryData *from, size_t count,
+                                                  struct rk_id **ret_ids, struct rk_error *error);
 /* A message of a shard of a segment, from the arena. Under index_lock. */
 Redknot__V1__Shard *coordinator_shard_message(struct arena *arena,
                                               const struct index_segment *segment,

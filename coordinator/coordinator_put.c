@@ -2,6 +2,7 @@
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/log.h"
+#include "common/rpc/origin_message.h"
 #include "coordinator/coordinator_internal.h"
 #include "coordinator/placement.h"
 #include "coordinator/record.h"
@@ -21,6 +22,7 @@ static enum rk_status out_of_memory(struct rk_error *error)
 /* What Place was asked for, checked. */
 struct place_plan {
     const Redknot__V1__PlaceRequest *request;
+    struct rk_origin origin;
     struct rk_id id;
     struct rk_id fingerprint;
     struct rk_kv_layout layout;
@@ -52,6 +54,11 @@ static enum rk_status check_place(const Redknot__V1__PlaceRequest *request,
     if (strnlen(request->label, RECORD_LABEL_MAX + 1) > RECORD_LABEL_MAX) {
         return rk_error_set(error, RK_ERR_TOO_LONG, "the label has more than %u bytes",
                             RECORD_LABEL_MAX);
+    }
+    if (!rk_origin_message_read(request->origin, &plan.origin)) {
+        return rk_error_set(error, RK_ERR_INVALID,
+                            "an origin has ids of %d bytes and a salt tag of %d", RK_ID_BYTES,
+                            RK_SALT_TAG_BYTES);
     }
     *ret_plan = plan;
     return RK_OK;
@@ -337,6 +344,7 @@ enum rk_status coordinator_place(struct coordinator *coordinator, struct arena *
     placed->layout = plan.layout;
     placed->generation = generation;
     placed->num_tokens = request->num_tokens;
+    placed->origin = plan.origin;
     (void)pthread_mutex_lock(&coordinator->index_lock);
     status = place_new(coordinator, arena, placed, reply, error);
     (void)pthread_mutex_unlock(&coordinator->index_lock);
@@ -508,7 +516,8 @@ static enum rk_status check_still_good(struct coordinator *coordinator, const st
     (void)pthread_mutex_lock(&coordinator->index_lock);
     segment = index_segment_find(coordinator->index, &placed->id);
     *ret_superseded = segment != NULL && segment->generation > placed->generation;
-    if (placed->generation <= index_tombstone_generation(coordinator->index, &placed->id)) {
+    if (placed->unwanted ||
+        placed->generation <= index_unwanted_generation(coordinator->index, &placed->id)) {
         *ret_superseded = false;
         status = rk_error_set(error, RK_MISS_STALE_GENERATION,
                               "this segment was dropped after the put was placed; place it again");
@@ -568,6 +577,7 @@ static enum rk_status publish(struct coordinator *coordinator, const struct plac
         .num_tokens = placed->num_tokens,
         .num_shards = placed->num_shards,
         .label = placed->label,
+        .origin = placed->origin,
         .has_tokens = placed->num_token_ids != 0,
         .locations = locations,
     };

@@ -16,6 +16,7 @@
 static const char format_key[] = "m/format";
 static const char epoch_key[] = "m/epoch";
 static const char generation_key[] = "m/generation";
+static const char floor_key[] = "m/floor";
 
 #define KEY(literal) (literal), (sizeof(literal) - 1)
 
@@ -129,6 +130,19 @@ enum rk_status coordinator_skip_generation(struct coordinator *coordinator, uint
         return RK_OK;
     }
     return reserve_generations(coordinator, generation + 1, error);
+}
+
+enum rk_status coordinator_drop_generations(struct coordinator *coordinator, struct rk_error *error)
+{
+    uint64_t newest = coordinator->generation_next - 1;
+    enum rk_status status = put_counter(coordinator, KEY(floor_key), newest, error);
+
+    if (status == RK_OK) {
+        (void)pthread_mutex_lock(&coordinator->index_lock);
+        index_floor_set(coordinator->index, newest);
+        (void)pthread_mutex_unlock(&coordinator->index_lock);
+    }
+    return status;
 }
 
 /* ---- Loading ---- */
@@ -260,10 +274,15 @@ static enum rk_status load_counters(struct coordinator *coordinator, struct rk_e
     uint64_t now = (uint64_t)time(NULL);
     uint64_t epoch = 0;
     uint64_t generation = 0;
+    uint64_t floor = 0;
     enum rk_status status = get_counter(coordinator, KEY(epoch_key), &epoch, error);
 
     if (status == RK_OK) {
         status = get_counter(coordinator, KEY(generation_key), &generation, error);
+    }
+    if (status == RK_OK) {
+        status = get_counter(coordinator, KEY(floor_key), &floor, error);
+        index_floor_set(coordinator->index, floor);
     }
     if (status == RK_OK) {
         /* Also higher than that of a database that was lost. */

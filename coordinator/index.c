@@ -293,6 +293,20 @@ uint64_t index_tombstone_generation(struct index *index, const struct rk_id *id)
     return tombstone == NULL ? 0 : tombstone->generation;
 }
 
+void index_floor_set(struct index *index, uint64_t generation)
+{
+    if (generation > index->floor) {
+        index->floor = generation;
+    }
+}
+
+uint64_t index_unwanted_generation(struct index *index, const struct rk_id *id)
+{
+    uint64_t generation = index_tombstone_generation(index, id);
+
+    return generation > index->floor ? generation : index->floor;
+}
+
 /* ---- Journal ---- */
 
 void index_journal_add(struct index *index, char kind, const struct rk_id *id)
@@ -373,6 +387,7 @@ enum rk_status index_drop_add(const struct index *index, struct index_drops *dro
     *drop = (struct index_drop){.id = *id, .generation = generation, .shard_index = shard_index};
     if (node != NULL && index_node_alive(index, node, now_ns)) {
         drop->address = rk_alloc_string(node->info->grpc_address);
+        drop->node_id = rk_alloc_string(node->node_id);
     }
     drops->count++;
     return RK_OK;
@@ -382,6 +397,7 @@ void index_drops_free(struct index_drops *drops)
 {
     for (size_t i = 0; i < drops->count; i++) {
         rk_free(drops->items[i].address);
+        rk_free(drops->items[i].node_id);
     }
     rk_free(drops->items);
     *drops = (struct index_drops){0};

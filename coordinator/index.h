@@ -18,6 +18,7 @@
 
 #include "common/base/id.h"
 #include "common/base/kv_layout.h"
+#include "common/base/origin.h"
 #include "common/base/status.h"
 #include "coordinator/liveness.h"
 #include "coordinator/table_internal.h"
@@ -65,6 +66,13 @@ struct index_location {
     enum location_state state;
 };
 
+/* A chain's place in a list of chains that are dropped together. */
+struct index_kin_links {
+    struct index_kin *kin; /* whose list; NULL: in none */
+    struct index_segment *prev;
+    struct index_segment *next;
+};
+
 struct index_segment {
     struct rk_id id;
     struct rk_id fingerprint;
@@ -73,11 +81,15 @@ struct index_segment {
     uint32_t num_tokens;
     uint32_t num_shards;
     char *label;
+    struct rk_origin origin;
     bool has_tokens;
     bool has_kv;
     bool journalled;
+    uint64_t serial;            /* of its arrival: the order of the table */
     struct index_segment *prev; /* in its list of use */
     struct index_segment *next;
+    struct index_kin_links in_alone;  /* of a chain: with the others of its segment */
+    struct index_kin_links in_parent; /* of a chain: with the others that continue the same one */
     UT_hash_handle hh;
     struct index_location locations[]; /* [shard_index] */
 };
@@ -98,6 +110,7 @@ struct segment_spec {
     uint32_t num_tokens;
     uint32_t num_shards;
     const char *label;
+    struct rk_origin origin;
     bool has_tokens;
     const struct segment_location_spec *locations; /* [num_shards] */
 };
@@ -108,10 +121,17 @@ struct index_drop {
     uint64_t generation;
     uint32_t shard_index;
     char *address; /* NULL when the node is down */
+    char *node_id; /* likewise */
 };
 
 struct index_drops {
     struct index_drop *items;
+    size_t count;
+    size_t capacity;
+};
+
+struct index_ids { /* zero-initialised; free with index_ids_free */
+    struct rk_id *items;
     size_t count;
     size_t capacity;
 };
@@ -128,6 +148,7 @@ struct index_announced {
     struct rk_id fingerprint;
     struct rk_kv_layout layout;
     struct rk_head_range heads;
+    struct rk_origin origin;
     bool adopted;
     bool unwanted;
 };
@@ -178,6 +199,16 @@ RK_MUST_CHECK enum rk_status index_segment_drop(struct index *index, struct inde
 /* The store says that it gave this shard up. Others' and older ones are ignored. */
 void index_shard_removed(struct index *index, struct index_node *node, const struct rk_id *id,
                          uint64_t generation, uint32_t shard_index);
+/*
+ * Drops the segment and all chains that are not to outlive it: those of which it is the last
+ * segment, those that continue it, and so on. generation as above. Adds every id that it dropped,
+ * its own first and also when it is not known, to ids; that array grows. *ret_known: the segment
+ * or a chain of it was there.
+ */
+RK_MUST_CHECK enum rk_status index_kin_drop(struct index *index, const struct rk_id *id,
+                                            uint64_t generation, int64_t now_ns,
+                                            struct index_drops *drops, struct index_ids *ids,
+                                            bool *ret_known);
 /* RK_OK: all shards are on usable nodes. Else a miss. fingerprint NULL: any. */
 enum rk_status index_segment_state(const struct index *index, const struct index_segment *segment,
                                    const struct rk_id *fingerprint, int64_t now_ns);
@@ -185,6 +216,7 @@ void index_segment_touch(struct index *index, struct index_segment *segment);
 uint64_t index_segment_bytes(const struct index_segment *segment); /* of KV */
 struct index_segment *index_segments(struct index *index);         /* first; walk with hh.next */
 uint64_t index_num_segments(const struct index *index);
+uint64_t index_num_without_kv(const struct index *index);
 uint64_t index_kv_bytes(const struct index *index); /* of segments that have KV */
 
 /* ---- Announce ---- */
@@ -204,6 +236,11 @@ RK_MUST_CHECK enum rk_status index_tombstone_put(struct index *index, const stru
 /* 0: none. */
 uint64_t index_tombstone_generation(struct index *index, const struct rk_id *id);
 
+/* Everything up to this generation was dropped; tombstones of single segments are on top. */
+void index_floor_set(struct index *index, uint64_t generation);
+/* What is not newer is not wanted: the floor, or its tombstone if that is higher. */
+uint64_t index_unwanted_generation(struct index *index, const struct rk_id *id);
+
 /* ---- Journal ---- */
 
 /* Moves up to count entries, in no order: each is looked up again. Clears their marks. */
@@ -213,5 +250,7 @@ void index_journal_add(struct index *index, char kind, const struct rk_id *id);
 void index_journal_clear(struct index *index); /* after loading */
 
 void index_drops_free(struct index_drops *drops);
+RK_MUST_CHECK enum rk_status index_ids_add(struct index_ids *ids, const struct rk_id *id);
+void index_ids_free(struct index_ids *ids);
 
 #endif

@@ -18,6 +18,11 @@ uint64_t index_num_segments(const struct index *index)
     return HASH_COUNT(index->segments);
 }
 
+uint64_t index_num_without_kv(const struct index *index)
+{
+    return index->num_without_kv;
+}
+
 uint64_t index_kv_bytes(const struct index *index)
 {
     return index->kv_bytes;
@@ -73,6 +78,7 @@ static void list_add(struct index *index, struct index_segment *segment)
     struct index_segment **list = list_of(index, segment);
 
     DL_APPEND(*list, segment);
+    index->num_without_kv += !segment->has_kv;
     index->kv_bytes += segment->has_kv ? index_segment_bytes(segment) : 0;
 }
 
@@ -81,6 +87,7 @@ static void list_remove(struct index *index, struct index_segment *segment)
     struct index_segment **list = list_of(index, segment);
 
     DL_DELETE(*list, segment);
+    index->num_without_kv -= !segment->has_kv;
     index->kv_bytes -= segment->has_kv ? index_segment_bytes(segment) : 0;
 }
 
@@ -111,6 +118,7 @@ void index_segment_free(struct index *index, struct index_segment *segment)
         index_location_clear(index, &segment->locations[i], LOCATION_UNKNOWN);
     }
     list_remove(index, segment);
+    index_kin_unlink(index, segment);
     HASH_DELETE(hh, index->segments, segment);
     rk_free(segment->label);
     rk_free(segment);
@@ -151,6 +159,24 @@ enum rk_status index_segment_drop(struct index *index, struct index_segment *seg
     return status;
 }
 
+/* A chain that is forgotten takes those that continue it along: nothing would tell any more of
+ * which segments they were computed, and a drop of one of these would miss them. */
+static enum rk_status forget_with_chains(struct index *index, struct index_segment *segment,
+                                         int64_t now_ns, struct index_drops *drops)
+{
+    struct index_ids ids = {0};
+    struct rk_id id = segment->id;
+    bool known = false;
+    enum rk_status status;
+
+    if (!rk_origin_is_chain(&segment->origin)) {
+        return index_segment_drop(index, segment, 0, now_ns, drops);
+    }
+    status = index_kin_drop(index, &id, 0, now_ns, drops, &ids, &known);
+    index_ids_free(&ids);
+    return status;
+}
+
 /* Segments without KV go first, then the longest unused of all. */
 static enum rk_status make_room(struct index *index, int64_t now_ns, struct index_drops *drops)
 {
@@ -158,14 +184,17 @@ static enum rk_status make_room(struct index *index, int64_t now_ns, struct inde
         struct index_segment *victim = index->without_kv;
         enum rk_status status;
 
-        if (victim != NULL) {
+        if (victim == NULL) {
+            victim = index->with_kv;
+        } else if (!rk_origin_is_chain(&victim->origin) ||
+                   !index_kin_has_children(index, &victim->id)) {
             struct rk_id id = victim->id;
 
             index_journal_add(index, 's', &id);
             index_segment_free(index, victim);
             continue;
         }
-        status = index_segment_drop(index, index->with_kv, 0, now_ns, drops);
+        status = forget_with_chains(index, victim, now_ns, drops);
         if (status != RK_OK) {
             return status;
         }
@@ -189,6 +218,7 @@ static enum rk_status segment_create(const struct segment_spec *spec,
     segment->num_tokens = spec->num_tokens;
     segment->num_shards = spec->num_shards;
     segment->has_tokens = spec->has_tokens;
+    segment->origin = spec->origin;
     segment->label = rk_alloc_string(spec->label == NULL ? "" : spec->label);
     for (uint32_t i = 0; i < spec->num_shards; i++) {
         segment->locations[i].segment = segment;
@@ -237,6 +267,9 @@ enum rk_status index_segment_put(struct index *index, const struct segment_spec 
         goto fail;
     }
     if (old != NULL) {
+        if (!rk_origin_known(&segment->origin)) {
+            segment->origin = old->origin; /* Told by an older peer; the id is the same. */
+        }
         index_segment_free(index, old);
     }
     HASH_ADD(hh, index->segments, id, sizeof(segment->id), segment);
@@ -244,7 +277,12 @@ enum rk_status index_segment_put(struct index *index, const struct segment_spec 
         status = RK_ERR_NO_MEMORY;
         goto fail;
     }
+    segment->serial = ++index->serials;
     list_add(index, segment);
+    if (index_kin_link(index, segment) != RK_OK) {
+        index_segment_free(index, segment);
+        return RK_ERR_NO_MEMORY;
+    }
     place_locations(index, segment, spec);
     index_segment_settle(index, segment);
     return RK_OK;
@@ -326,6 +364,7 @@ static enum rk_status adopt(struct index *index, const struct index_announced *a
         .num_tokens = shard->num_tokens,
         .num_shards = shard->num_shards,
         .label = announced->entry->label,
+        .origin = announced->origin,
         .has_tokens = announced->entry->n_token_ids != 0,
         .locations = locations,
     };
@@ -350,7 +389,7 @@ static enum rk_status announce_one(struct index *index, struct index_node *node,
     struct index_segment *segment = index_segment_find(index, &announced->id);
     struct index_location *location;
 
-    announced->unwanted = shard->generation <= index_tombstone_generation(index, &announced->id) ||
+    announced->unwanted = shard->generation <= index_unwanted_generation(index, &announced->id) ||
                           (segment != NULL && segment->generation > shard->generation) ||
                           (segment != NULL && segment->generation == shard->generation &&
                            !same_shape(segment, announced));
@@ -365,6 +404,14 @@ static enum rk_status announce_one(struct index *index, struct index_node *node,
         }
         segment = index_segment_find(index, &announced->id);
         announced->adopted = true;
+    }
+    if (!rk_origin_known(&segment->origin) &&
+        rk_origin_known(&announced->origin)) { /* A record of an older version. */
+        segment->origin = announced->origin;
+        if (index_kin_link(index, segment) != RK_OK) {
+            return RK_ERR_NO_MEMORY;
+        }
+        index_journal_add(index, 's', &segment->id);
     }
     location = &segment->locations[shard->shard_index];
     if (location->node != NULL && location->node != node) {

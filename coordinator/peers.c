@@ -175,6 +175,48 @@ enum rk_status peers_call(struct peers *peers, enum peers_verb verb, const char 
     return status;
 }
 
+enum rk_status peers_drop(struct peers *peers, const struct index_drop *drops, size_t count,
+                          int timeout_ms, struct rk_error *error)
+{
+    Redknot__V1__DropShardRequest request = REDKNOT__V1__DROP_SHARD_REQUEST__INIT;
+    Redknot__V1__DropShardRequest__Name *names = rk_alloc_zero(count, sizeof(*names));
+    Redknot__V1__DropShardRequest__Name **pointers = rk_alloc_zero(count, sizeof(*pointers));
+    ProtobufCMessage *reply = NULL;
+    struct peer *peer = NULL;
+    enum rk_status status = RK_ERR_NO_MEMORY;
+
+    RK_ASSERT(count >= 1 && count <= PEERS_DROPS_MAX);
+    if (names == NULL || pointers == NULL) {
+        (void)rk_error_set(error, status, "out of memory to drop %zu shards", count);
+        goto done;
+    }
+    request.segment_id = record_put_id(&drops[0].id);
+    request.generation = drops[0].generation;
+    request.shard_index = drops[0].shard_index;
+    for (size_t i = 1; i < count; i++) {
+        redknot__v1__drop_shard_request__name__init(&names[i]);
+        names[i].segment_id = record_put_id(&drops[i].id);
+        names[i].generation = drops[i].generation;
+        names[i].shard_index = drops[i].shard_index;
+        pointers[i - 1] = &names[i];
+    }
+    request.n_more = count - 1;
+    request.more = pointers;
+    status = acquire(peers, drops[0].address, &peer, error);
+    if (status == RK_OK) {
+        status =
+            rk_rpc_unary(peer->channel, "/redknot.v1.KvStore/DropShard", &request.base,
+                         &redknot__v1__drop_shard_reply__descriptor, timeout_ms, &reply, error);
+        rk_rpc_message_free(reply);
+        release(peers, peer);
+    }
+
+done:
+    rk_free(names);
+    rk_free(pointers);
+    return status;
+}
+
 /* ---- Probes ---- */
 
 struct peers_probe {

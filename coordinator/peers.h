@@ -8,10 +8,12 @@
 
 #include "common/base/id.h"
 #include "common/base/status.h"
+#include "coordinator/index.h"
 
 #include <stdint.h>
 
-#define PEERS_MAX 4096u
+#define PEERS_MAX       4096u
+#define PEERS_DROPS_MAX 4096u /* in one call */
 
 enum peers_verb { PEERS_COMMIT, PEERS_ABORT, PEERS_DROP };
 
@@ -25,6 +27,10 @@ RK_MUST_CHECK enum rk_status peers_call(struct peers *peers, enum peers_verb ver
                                         const char *address, const struct rk_id *id,
                                         uint64_t generation, uint32_t shard_index, int timeout_ms,
                                         struct rk_error *error);
+
+/* KvStore.DropShard of several of one store: those of drops[0..count), at drops[0].address. */
+RK_MUST_CHECK enum rk_status peers_drop(struct peers *peers, const struct index_drop *drops,
+                                        size_t count, int timeout_ms, struct rk_error *error);
 
 /* ---- Probes: grpc.health.v1.Health/Check of KvStore at address ---- */
 

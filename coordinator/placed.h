@@ -32,8 +32,10 @@ struct placed {
     uint32_t num_token_ids; /* 0 or num_tokens */
     uint32_t *token_ids;
     char *label;
+    struct rk_origin origin;
     int64_t placed_ns;
     bool committing;
+    bool unwanted;       /* it, or what it stems from, was dropped since */
     struct placed *prev; /* in order of placing */
     struct placed *next;
     UT_hash_handle hh;

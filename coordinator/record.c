@@ -1,6 +1,7 @@
 #include "coordinator/record.h"
 
 #include "common/base/alloc.h"
+#include "common/rpc/origin_message.h"
 #include "coordinator/coordinator.h"
 
 #include <string.h>
@@ -173,6 +174,9 @@ enum rk_status record_check_announced(const Redknot__V1__AnnounceRequest__Entry 
         return rk_error_set(error, RK_ERR_INVALID,
                             "an announced shard's tokens or label are out of bounds");
     }
+    if (!rk_origin_message_read(entry->origin, &announced.origin)) {
+        return rk_error_set(error, RK_ERR_INVALID, "an announced shard's origin is malformed");
+    }
     *ret_announced = announced;
     return RK_OK;
 }
@@ -214,6 +218,7 @@ enum rk_status record_encode_spec(const struct segment_spec *spec, void **ret_da
 {
     Redknot__Coordinator__V1__SegmentRecord record = REDKNOT__COORDINATOR__V1__SEGMENT_RECORD__INIT;
     Redknot__V1__KvLayout layout;
+    Redknot__V1__Origin origin;
     struct location_messages *messages = rk_alloc_zero(spec->num_shards, sizeof(*messages));
     Redknot__Coordinator__V1__SegmentRecord__Location **locations =
         rk_alloc_zero(spec->num_shards, sizeof(*locations));
@@ -240,6 +245,10 @@ enum rk_status record_encode_spec(const struct segment_spec *spec, void **ret_da
         record.num_tokens = spec->num_tokens;
         record.label = (char *)(uintptr_t)(spec->label == NULL ? "" : spec->label);
         record.has_tokens = spec->has_tokens;
+        if (rk_origin_known(&spec->origin)) {
+            rk_origin_message_fill(&spec->origin, &origin);
+            record.origin = &origin;
+        }
         record.n_locations = spec->num_shards;
         record.locations = locations;
         data = record_pack(&record.base, ret_bytes);
@@ -266,6 +275,7 @@ enum rk_status record_encode_segment(const struct index_segment *segment, void *
         .num_tokens = segment->num_tokens,
         .num_shards = segment->num_shards,
         .label = segment->label,
+        .origin = segment->origin,
         .has_tokens = segment->has_tokens,
         .locations = locations,
     };
@@ -320,7 +330,8 @@ enum rk_status record_decode_segment(const void *data, size_t bytes,
         message->generation >= RECORD_GENERATION_MAX || message->num_tokens == 0 ||
         message->num_tokens > RK_SEGMENT_TOKENS_MAX || message->n_locations == 0 ||
         message->n_locations > COORDINATOR_SHARDS_MAX ||
-        !text_fits(message->label, RECORD_LABEL_MAX)) {
+        !text_fits(message->label, RECORD_LABEL_MAX) ||
+        !rk_origin_message_read(message->origin, &spec->origin)) {
         goto fail;
     }
     segment.locations = rk_alloc_zero(message->n_locations, sizeof(*segment.locations));

@@ -24,6 +24,7 @@
 
 #include "common/base/id.h"
 #include "common/base/kv_layout.h"
+#include "common/base/origin.h"
 #include "common/base/status.h"
 
 #include <stdbool.h>
@@ -64,6 +65,7 @@ struct kvstore_header {
     const int32_t *token_ids; /* NULL with num_token_ids 0 */
     uint32_t num_token_ids;   /* 0 or num_tokens */
     const char *label;        /* NULL counts as "" */
+    struct rk_origin origin;  /* zeroed: not known */
     const void *key;
     uint32_t key_bytes;
     uint64_t value_bytes; /* under a key that is stored already: RK_ERR_EXISTS */

@@ -2,6 +2,7 @@
 
 #include "common/base/alloc.h"
 #include "common/base/value.h"
+#include "common/rpc/origin_message.h"
 
 #include <string.h>
 
@@ -84,6 +85,11 @@ static enum rk_status shard_header_read(const Redknot__V1__PutShard *wire,
                                                .dtype = (enum rk_dtype)shard->layout->dtype};
     if (wire->n_token_ids > RK_SEGMENT_TOKENS_MAX) {
         return rk_error_set(error, RK_ERR_INVALID, "more token ids than a segment can have");
+    }
+    if (!rk_origin_message_read(wire->origin, &ret_header->origin)) {
+        return rk_error_set(error, RK_ERR_INVALID,
+                            "an origin has ids of %d bytes and a salt tag of %d", RK_ID_BYTES,
+                            RK_SALT_TAG_BYTES);
     }
     ret_header->token_ids = (const int32_t *)wire->token_ids;
     ret_header->num_token_ids = (uint32_t)wire->n_token_ids;

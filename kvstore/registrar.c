@@ -11,6 +11,7 @@
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/log.h"
+#include "common/rpc/origin_message.h"
 #include "kvstore/message_internal.h"
 #include "redknot/v1/coordinator.pb-c.h"
 
@@ -91,6 +92,7 @@ static enum rk_status register_node(struct registrar *registrar, struct rk_error
 struct batch {
     struct kvstore_header *headers[ENTRIES_MAX];
     struct shard_message shards[ENTRIES_MAX];
+    Redknot__V1__Origin origins[ENTRIES_MAX];
     Redknot__V1__AnnounceRequest__Entry entries[ENTRIES_MAX];
     Redknot__V1__AnnounceRequest__Entry *pointers[ENTRIES_MAX];
     size_t count;
@@ -108,6 +110,10 @@ static void batch_add(struct batch *batch, struct kvstore_header *header, const 
     entry->n_token_ids = header->num_token_ids;
     entry->token_ids = (uint32_t *)header->token_ids;
     entry->label = (char *)header->label;
+    if (rk_origin_known(&header->origin)) {
+        rk_origin_message_fill(&header->origin, &batch->origins[at]);
+        entry->origin = &batch->origins[at];
+    }
     batch->pointers[at] = entry;
     batch->tokens += header->num_token_ids;
 }

@@ -12,6 +12,7 @@
 
 #define MESSAGE_BYTES 1048576u /* of data in one message of a get */
 #define PARTS_MAX     256u
+#define DROPS_MAX     4096u      /* beside the first, in one call */
 #define GET_BYTES_MAX (2u << 20) /* all extents and items that a get may have fit into it */
 
 /* ---- Put ---- */
@@ -245,6 +246,13 @@ static enum rk_status handle_abort_shard(struct rk_rpc_call *call, void *context
     return rk_rpc_call_send(call, &reply.base);
 }
 
+static void shard_drop(struct kvstore_service *service, const struct kvstore_name *name)
+{
+    if (kvstore_drop(service->store, name) != RK_OK) {
+        RK_LOG_DEBUG("drop_of_nothing", "generation=%llu", (unsigned long long)name->generation);
+    }
+}
+
 static enum rk_status handle_drop_shard(struct rk_rpc_call *call, void *context,
                                         struct rk_error *error)
 {
@@ -259,12 +267,24 @@ static enum rk_status handle_drop_shard(struct rk_rpc_call *call, void *context,
     const Redknot__V1__DropShardRequest *request = (const Redknot__V1__DropShardRequest *)message;
     status = message_name_read(&request->segment_id, request->generation, request->shard_index,
                                &name, error);
+    if (status == RK_OK && request->n_more > DROPS_MAX) {
+        status = rk_error_set(error, RK_ERR_TOO_LONG, "%zu more shards to drop, at most %u",
+                              request->n_more, DROPS_MAX);
+    }
+    if (status == RK_OK) {
+        shard_drop(service, &name);
+    }
+    for (size_t i = 0; status == RK_OK && i < request->n_more; i++) {
+        const Redknot__V1__DropShardRequest__Name *more = request->more[i];
+        status =
+            message_name_read(&more->segment_id, more->generation, more->shard_index, &name, error);
+        if (status == RK_OK) {
+            shard_drop(service, &name);
+        }
+    }
     rk_rpc_message_free(message);
     if (status != RK_OK) {
         return status;
-    }
-    if (kvstore_drop(service->store, &name) != RK_OK) {
-        RK_LOG_DEBUG("drop_of_nothing", "generation=%llu", (unsigned long long)name.generation);
     }
     Redknot__V1__DropShardReply reply = REDKNOT__V1__DROP_SHARD_REPLY__INIT;
     return rk_rpc_call_send(call, &reply.base);

@@ -5,13 +5,20 @@
 
 #define SEGMENTS_LISTED_MAX 1000
 
+enum { OPTION_GONE = 256, OPTION_LABEL, OPTION_SALT, OPTION_ALL };
+
 struct status_arguments {
     struct cli_common common;
     bool segments;
+    bool gone;
 };
 
 static const struct argp_option status_options[] = {
     {.name = "segments", .key = 's', .doc = "List the stored segments, too"},
+    {.name = "gone",
+     .key = OPTION_GONE,
+     .doc = "With --segments: also those whose KV is gone (evicted, or lost with its store); their "
+            "tokens are still known"},
     {.name = NULL},
 };
 
@@ -24,6 +31,9 @@ static error_t parse_status(int key, char *arg, struct argp_state *state)
         return 0;
     case 's':
         arguments->segments = true;
+        return 0;
+    case OPTION_GONE:
+        arguments->gone = true;
         return 0;
     case ARGP_KEY_ARG:
         argp_error(state, "unexpected argument \"%s\"", arg);
@@ -58,9 +68,10 @@ static json_t *status_json(const struct rk_cluster_status *cluster, bool with_se
                       (json_int_t)node->used_bytes, "num_shards", (json_int_t)node->num_shards,
                       "heartbeat_age_ms", (json_int_t)node->heartbeat_age_ms));
     }
-    json_t *object = json_pack("{s:s, s:I, s:I, s:o}", "version", cluster->version, "uptime_ms",
-                               (json_int_t)cluster->uptime_ms, "num_segments",
-                               (json_int_t)cluster->num_segments, "nodes", nodes);
+    json_t *object =
+        json_pack("{s:s, s:I, s:I, s:I, s:o}", "version", cluster->version, "uptime_ms",
+                  (json_int_t)cluster->uptime_ms, "num_segments", (json_int_t)cluster->num_segments,
+                  "num_gone", (json_int_t)cluster->num_gone, "nodes", nodes);
     if (!with_segments) {
         return object;
     }
@@ -73,22 +84,26 @@ static json_t *status_json(const struct rk_cluster_status *cluster, bool with_se
         }
         (void)json_array_append_new(
             segments,
-            json_pack("{s:o, s:s, s:I, s:I, s:b, s:o}", "segment_id",
+            json_pack("{s:o, s:s, s:I, s:I, s:b, s:s, s:s, s:o*, s:o}", "segment_id",
                       cli_json_id(&segment->segment_id), "label", segment->label, "num_tokens",
                       (json_int_t)segment->num_tokens, "bytes", (json_int_t)segment->bytes,
-                      "committed", (int)segment->committed, "node_ids", node_ids));
+                      "committed", (int)segment->committed, "kind", segment->kind, "state",
+                      segment->state, "alone_id",
+                      rk_id_is_zero(&segment->alone_id) ? NULL : cli_json_id(&segment->alone_id),
+                      "node_ids", node_ids));
     }
     (void)json_object_set_new(object, "segments", segments);
     return object;
 }
 
-static void status_print(const struct rk_cluster_status *cluster, bool with_segments)
+static void status_print(const struct rk_cluster_status *cluster, bool with_segments,
+                         bool with_gone)
 {
     char used[32];
     char capacity[32];
+    uint64_t num_stored = cluster->num_segments - cluster->num_gone;
     (void)printf("coordinator %s, up for %llu s, %llu segments\n\n", cluster->version,
-                 (unsigned long long)(cluster->uptime_ms / 1000),
-                 (unsigned long long)cluster->num_segments);
+                 (unsigned long long)(cluster->uptime_ms / 1000), (unsigned long long)num_stored);
     (void)printf("%-8s %-24s %-22s %-10s %10s %10s %7s  %s\n", "ROLE", "NODE", "ADDRESS", "STATE",
                  "USED", "CAPACITY", "SHARDS", "MODEL");
     for (size_t i = 0; i < cluster->num_nodes; i++) {
@@ -103,18 +118,24 @@ static void status_print(const struct rk_cluster_status *cluster, bool with_segm
     if (!with_segments) {
         return;
     }
-    (void)printf("\n%-64s %8s %10s  %-9s %s\n", "SEGMENT", "TOKENS", "BYTES", "STATE", "LABEL");
+    (void)printf("\n%-64s %-5s %8s %10s  %-7s %s\n", "SEGMENT", "KIND", "TOKENS", "BYTES", "STATE",
+                 "LABEL");
     for (size_t i = 0; i < cluster->num_segments_listed; i++) {
         const struct rk_segment_status *segment = &cluster->segments[i];
         char hex[RK_ID_HEX_BYTES];
         rk_id_to_hex(&segment->segment_id, hex);
-        (void)printf("%-64s %8u %10s  %-9s %s\n", hex, segment->num_tokens,
-                     cli_bytes(segment->bytes, used), segment->committed ? "stored" : "pending",
-                     segment->label);
+        (void)printf("%-64s %-5s %8u %10s  %-7s %s\n", hex,
+                     segment->kind[0] == '\0' ? "-" : segment->kind, segment->num_tokens,
+                     cli_bytes(segment->bytes, used), segment->state, segment->label);
     }
-    if (cluster->num_segments_listed < cluster->num_segments) {
+    uint64_t num_listable = with_gone ? cluster->num_segments : num_stored;
+    if (cluster->num_segments_listed < num_listable) {
         (void)printf("... and %llu more\n",
-                     (unsigned long long)(cluster->num_segments - cluster->num_segments_listed));
+                     (unsigned long long)(num_listable - cluster->num_segments_listed));
+    }
+    if (!with_gone && cluster->num_gone > 0) {
+        (void)printf("%llu more are known by their tokens only (--gone lists them)\n",
+                     (unsigned long long)cluster->num_gone);
     }
 }
 
@@ -127,8 +148,10 @@ int cli_status(int argc, char **argv)
     struct rk_cluster_status cluster;
     enum rk_status status = cli_client_open(&arguments.common, NULL, &client, &error);
     if (status == RK_OK) {
-        status = rk_client_status(client, arguments.segments ? SEGMENTS_LISTED_MAX : 0, &cluster,
-                                  &error);
+        struct rk_status_query query = {.segments_max =
+                                            arguments.segments ? SEGMENTS_LISTED_MAX : 0,
+                                        .with_gone = arguments.gone};
+        status = rk_client_status_query(client, &query, &cluster, &error);
         cli_client_close(client);
     }
     if (status != RK_OK) {
@@ -137,7 +160,7 @@ int cli_status(int argc, char **argv)
     if (arguments.common.json) {
         cli_print_json(status_json(&cluster, arguments.segments));
     } else {
-        status_print(&cluster, arguments.segments);
+        status_print(&cluster, arguments.segments, arguments.gone);
     }
     rk_cluster_status_clear(&cluster);
     return CLI_OK;
@@ -149,6 +172,19 @@ struct drop_arguments {
     struct cli_common common;
     struct rk_id ids[CLI_SEGMENTS_MAX];
     size_t num_ids;
+    const char *label;
+    const char *salt;
+    bool all;
+};
+
+static const struct argp_option drop_options[] = {
+    {.name = "label", .key = OPTION_LABEL, .arg = "L", .doc = "All with just this label"},
+    {.name = "salt",
+     .key = OPTION_SALT,
+     .arg = "S",
+     .doc = "All of the tenant with this salt; \"\": of those without one"},
+    {.name = "all", .key = OPTION_ALL, .doc = "Everything that is stored"},
+    {.name = NULL},
 };
 
 static error_t parse_drop(int key, char *arg, struct argp_state *state)
@@ -170,18 +206,47 @@ static error_t parse_drop(int key, char *arg, struct argp_state *state)
         }
         arguments->num_ids++;
         return 0;
-    case ARGP_KEY_NO_ARGS:
-        argp_error(state, "no segment id given");
+    case OPTION_LABEL:
+        if (arg[0] == '\0') {
+            argp_error(state, "--label: needs a label");
+        }
+        arguments->label = arg;
+        return 0;
+    case OPTION_SALT:
+        arguments->salt = arg;
+        return 0;
+    case OPTION_ALL:
+        arguments->all = true;
+        return 0;
+    case ARGP_KEY_END:
+        if (arguments->num_ids == 0 && !arguments->label && !arguments->salt && !arguments->all) {
+            argp_error(state, "no segment id given, nor --label, --salt or --all");
+        }
         return 0;
     default:
         return ARGP_ERR_UNKNOWN;
     }
 }
 
-static const struct argp drop_argp = {.parser = parse_drop,
-                                      .args_doc = "ID...",
-                                      .doc = "Forget stored segments.",
+static const struct argp drop_argp = {.options = drop_options,
+                                      .parser = parse_drop,
+                                      .args_doc = "[ID...]",
+                                      .doc = "Forget stored segments, and with each the chains "
+                                             "that it is part of: afterwards they are computed.",
                                       .children = cli_common_children};
+
+static void drop_print(const struct drop_arguments *arguments, const struct rk_drop_result *result)
+{
+    bool by_id = !arguments->label && !arguments->salt && !arguments->all;
+    (void)printf("dropped %llu", (unsigned long long)result->dropped);
+    if (by_id) {
+        (void)printf(" of %zu", arguments->num_ids);
+    }
+    if (result->chains > 0) {
+        (void)printf(", and %llu computed in chains with them", (unsigned long long)result->chains);
+    }
+    (void)printf("\n");
+}
 
 int cli_drop(int argc, char **argv)
 {
@@ -192,19 +257,26 @@ int cli_drop(int argc, char **argv)
     (void)argp_parse(&drop_argp, argc, argv, 0, NULL, arguments);
     struct rk_error error = {.status = RK_OK};
     struct rk_client *client = NULL;
-    uint32_t dropped = 0;
+    struct rk_drop_result result = {.dropped = 0};
     int code = CLI_OK;
     enum rk_status status = cli_client_open(&arguments->common, NULL, &client, &error);
     if (status == RK_OK) {
-        status = rk_client_drop(client, arguments->ids, arguments->num_ids, &dropped, &error);
+        struct rk_drop_query query = {.ids = arguments->ids,
+                                      .num_ids = arguments->num_ids,
+                                      .label = arguments->label,
+                                      .salt = arguments->salt,
+                                      .salt_bytes = arguments->salt ? strlen(arguments->salt) : 0,
+                                      .all = arguments->all};
+        status = rk_client_drop_query(client, &query, &result, &error);
         cli_client_close(client);
     }
     if (status != RK_OK) {
         code = cli_fail_error("drop", &error);
     } else if (arguments->common.json) {
-        cli_print_json(json_pack("{s:I}", "dropped", (json_int_t)dropped));
+        cli_print_json(json_pack("{s:I, s:I}", "dropped", (json_int_t)result.dropped, "chains",
+                                 (json_int_t)result.chains));
     } else {
-        (void)printf("dropped %u of %zu\n", dropped, arguments->num_ids);
+        drop_print(arguments, &result);
     }
     rk_free(arguments);
     return code;

@@ -3,6 +3,7 @@
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/kv_layout.h"
+#include "common/rpc/origin_message.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -141,6 +142,7 @@ enum rk_status place(struct fixture *f, uint8_t id, uint32_t num_tokens,
     uint32_t token_ids[64];
     Redknot__V1__KvLayout layout = REDKNOT__V1__KV_LAYOUT__INIT;
     Redknot__V1__PlaceRequest request = REDKNOT__V1__PLACE_REQUEST__INIT;
+    Redknot__V1__Origin origin;
 
     layout.num_layers = 4;
     layout.num_kv_heads = 2;
@@ -156,7 +158,11 @@ enum rk_status place(struct fixture *f, uint8_t id, uint32_t num_tokens,
     request.num_tokens = num_tokens;
     request.n_token_ids = num_tokens < 64 ? num_tokens : 64;
     request.token_ids = token_ids;
-    request.label = (char *)(uintptr_t) "a label";
+    request.label = (char *)(uintptr_t)(f->label == NULL ? "a label" : f->label);
+    if (rk_origin_known(&f->origin)) {
+        rk_origin_message_fill(&f->origin, &origin);
+        request.origin = &origin;
+    }
     return call(f, M("Place"), &request.base, &redknot__v1__place_reply__descriptor,
                 (ProtobufCMessage **)ret_reply);
 }
@@ -241,20 +247,29 @@ uint64_t generation_of(struct fixture *f, uint8_t id)
     return generation;
 }
 
+void drop_request(struct fixture *f, const Redknot__V1__DropRequest *request, uint32_t *ret_dropped,
+                  uint64_t *ret_chains)
+{
+    ProtobufCMessage *reply = NULL;
+
+    assert_int_equal(
+        call(f, M("Drop"), &request->base, &redknot__v1__drop_reply__descriptor, &reply), RK_OK);
+    *ret_dropped = ((Redknot__V1__DropReply *)reply)->dropped;
+    *ret_chains = ((Redknot__V1__DropReply *)reply)->chains;
+    rk_rpc_message_free(reply);
+}
+
 uint32_t drop(struct fixture *f, uint8_t id)
 {
     uint8_t segment_id[32] = {id};
     ProtobufCBinaryData ids[1] = {bytes_of(segment_id)};
     Redknot__V1__DropRequest request = REDKNOT__V1__DROP_REQUEST__INIT;
-    ProtobufCMessage *reply = NULL;
-    uint32_t dropped;
+    uint64_t chains = 0;
+    uint32_t dropped = 0;
 
     request.n_segment_ids = 1;
     request.segment_ids = ids;
-    assert_int_equal(
-        call(f, M("Drop"), &request.base, &redknot__v1__drop_reply__descriptor, &reply), RK_OK);
-    dropped = ((Redknot__V1__DropReply *)reply)->dropped;
-    rk_rpc_message_free(reply);
+    drop_request(f, &request, &dropped, &chains);
     return dropped;
 }
 

@@ -6,6 +6,7 @@
 #define TESTS_COORDINATOR_COORDINATOR_FIXTURE_H
 
 #include "common/base/id.h"
+#include "common/base/origin.h"
 #include "common/rpc/rpc.h"
 #include "coordinator/coordinator.h"
 #include "redknot/v1/coordinator.pb-c.h"
@@ -23,6 +24,9 @@ struct fixture {
     struct rk_rpc_channel *channel;
     struct fake_store stores[2];
     char last_error[512];
+    /* Of what is placed next. */
+    struct rk_origin origin;
+    const char *label; /* NULL: "a label" */
 };
 
 /* A shard as a store would tell of it; free with free(). */
@@ -56,6 +60,9 @@ Redknot__V1__LocateReply *locate(struct fixture *f, uint8_t id, const uint8_t *m
 void expect(struct fixture *f, uint8_t id, const char *miss, bool tokens);
 uint64_t generation_of(struct fixture *f, uint8_t id);
 uint32_t drop(struct fixture *f, uint8_t id);
+/* A request for everything that it names. */
+void drop_request(struct fixture *f, const Redknot__V1__DropRequest *request, uint32_t *ret_dropped,
+                  uint64_t *ret_chains);
 void tell(struct told *told, uint8_t id, uint64_t generation);
 enum rk_status announce(struct fixture *f, int i, uint64_t incarnation, struct told *told,
                         size_t count, uint32_t *ret_accepted, size_t *ret_dropped);

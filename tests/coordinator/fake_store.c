@@ -51,12 +51,15 @@ static enum rk_status drop(struct rk_rpc_call *call, void *context, struct rk_er
     enum rk_status status =
         rk_rpc_call_recv(call, &redknot__v1__drop_shard_request__descriptor, &request);
 
+    int count = 1;
+
     (void)error;
     if (status == RK_OK) {
+        count += (int)((Redknot__V1__DropShardRequest *)request)->n_more;
         atomic_store(&store->last_dropped, ((Redknot__V1__DropShardRequest *)request)->generation);
     }
     rk_rpc_message_free(request);
-    atomic_fetch_add(&store->drops, 1);
+    atomic_fetch_add(&store->drops, count);
     return status == RK_OK ? rk_rpc_call_send(call, &reply.base) : status;
 }
 

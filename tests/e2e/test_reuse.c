@@ -243,6 +243,73 @@ static void fast_reuses_in_another_order(void **unused)
     cluster_stop(&cluster);
 }
 
+/* What is dropped is computed by the next answer, and so is what followed it in a chain; ids that
+ * status prints, also of chains, are taken where ids are. */
+static void dropped_segments_are_computed(void **unused)
+{
+    (void)unused;
+    static struct library library;
+    struct cluster cluster;
+    struct cluster_options options = {.num_workers = 1};
+    struct rk_segment_input segments[3];
+    struct rk_cluster_status status;
+    struct rk_drop_query query = {.num_ids = 1};
+    struct rk_drop_result dropped;
+    struct rk_id chain = {{0}};
+    struct answer answer;
+    uint64_t state = seed + 2;
+    cluster_start(&cluster, &options);
+    make_library(&state, &library);
+    struct rk_client *client = cluster_client(&cluster, 0);
+    for (int i = 0; i < 3; i++) {
+        segments[i] = (struct rk_segment_input){
+            .token_ids = library.ids[i], .num_tokens = library.count[i], .label = "doc"};
+    }
+    struct rk_generate_request request = {.segments = segments,
+                                          .num_segments = 3,
+                                          .prompt = {.token_ids = library.ids[5], .num_tokens = 9},
+                                          .level = "exact",
+                                          .raw = true,
+                                          .ignore_eos = true,
+                                          .max_tokens = GENERATED};
+    for (int turn = 0; turn < 3; turn++) {
+        bool warm = turn == 1;
+        ask(client, &request, &answer);
+        assert_int_equal(answer.status, RK_OK);
+        for (int i = 0; i < 3; i++) {
+            assert_string_equal(answer.report.segments[i].source, warm ? "chain" : "compute");
+            assert_string_equal(answer.report.segments[i].miss, warm ? "" : "MISS_ABSENT");
+        }
+        if (warm) { /* The first one is in all three chains. */
+            query.ids = &answer.report.segments[0].segment_id;
+            assert_int_equal(rk_client_drop_query(client, &query, &dropped, NULL), RK_OK);
+            assert_int_equal(dropped.dropped, 1);
+            assert_int_equal(dropped.chains, 2);
+        }
+        answer_clear(&answer);
+    }
+    assert_int_equal(rk_client_status(client, 10, &status, NULL), RK_OK);
+    assert_int_equal(status.num_segments_listed, 3);
+    for (size_t i = 0; i < 3; i++) {
+        if (strcmp(status.segments[i].kind, "chain") == 0) {
+            chain = status.segments[i].segment_id;
+        }
+    }
+    assert_false(rk_id_is_zero(&chain));
+    rk_cluster_status_clear(&status);
+    segments[2] = (struct rk_segment_input){.segment_id = &chain};
+    ask(client, &request, &answer);
+    assert_int_equal(answer.status, RK_OK);
+    answer_clear(&answer);
+    query = (struct rk_drop_query){.label = "doc"};
+    assert_int_equal(rk_client_drop_query(client, &query, &dropped, NULL), RK_OK);
+    assert_int_equal(rk_client_status(client, 10, &status, NULL), RK_OK);
+    assert_int_equal(status.num_segments, 0);
+    rk_cluster_status_clear(&status);
+    rk_client_destroy(client);
+    cluster_stop(&cluster);
+}
+
 int main(void)
 {
     const char *given = getenv("REDKNOT_TEST_SEED");
@@ -253,6 +320,7 @@ int main(void)
         cmocka_unit_test(exact_equals_full_in_f32_over_grpc),
         cmocka_unit_test(exact_equals_full_over_ucx),
         cmocka_unit_test(fast_reuses_in_another_order),
+        cmocka_unit_test(dropped_segments_are_computed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

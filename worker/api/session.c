@@ -167,12 +167,14 @@ enum rk_status session_add_segment_id(struct session *session, const struct rk_i
     int32_t *token_ids = location.token_ids;
     uint32_t num_tokens = location.num_tokens;
     location.token_ids = NULL; /* ours now */
+    /* A chain's id names the segment that it ends with. */
+    struct rk_id alone = rk_origin_is_chain(&location.origin) ? location.origin.alone : *id;
     status = session_add_segment(session, token_ids, num_tokens,
                                  label && label[0] ? label : location.label, error);
     rk_kv_locations_free(&location, 1);
-    if (status == RK_OK && !rk_id_equal(&session->segments[session->num_segments - 1].id, id)) {
+    if (status == RK_OK && !rk_id_equal(&session->segments[session->num_segments - 1].id, &alone)) {
         return rk_error_set(error, RK_ERR_NOT_FOUND,
-                            "segment %.16s...: stored under another tenant, model or chain; use "
+                            "segment %.16s...: stored under another tenant or model; use "
                             "the id that \"redknot put\" printed",
                             hex);
     }
@@ -489,9 +491,13 @@ static enum rk_status store_pages(struct session *session, uint32_t segment, con
         .num_tokens = s->num_tokens,
         .token_ids = s->token_ids,
         .label = s->label,
+        .origin = {.alone = s->id, .salt_tag = rk_salt_tag(session->salt, session->salt_bytes)},
         .pages = pages,
         .checksums = checksums,
     };
+    if (segment > 0 && !rk_id_equal(id, &s->id)) {
+        put.origin.parent = session->segments[segment - 1].chain_id;
+    }
     const struct rk_until until = {.deadline_ns =
                                        rk_deadline_in_ms(api->options.publish_timeout_ms)};
     status = rk_kv_put(api->options.kv, &put, &until, NULL, error);
