@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
-# Model-checks the protocol of puts and reads (kvstore_protocol.pml) with spin: the properties P1 to
-# P7 over all interleavings of some sizes, then a self-test in which every seeded bug must be found
-# by the property it breaks. One core, about a minute, at most 2 GB. An error, a search that is not
+# Model-checks with spin the protocol of puts and reads (kvstore_protocol.pml, P1 to P7) and a
+# reader's connection with its guard (reader_connection.pml, P8 to P10) over all interleavings of
+# some sizes, then itself: every seeded bug must be found by the property it breaks. One core, about a minute, at most 2 GB. An error, a search that is not
 # complete or a bug that is not found fails.
 # usage: tests/model/run.sh            needs spin and gcc
 set -euo pipefail
 export LC_ALL=C
-model=$(cd "$(dirname "$0")" && pwd)/kvstore_protocol.pml
+here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
+
+# The model that the next searches are about.
+about() { model=$here/$1.pml name=$1.pml; }
+about kvstore_protocol
 
 depth=1000 memory_mb=2000 limit_s=120
 defines=""
@@ -26,9 +30,9 @@ fail() {
 
 # What happened up to the error that was found last.
 story() {
-    [ -f kvstore_protocol.pml.trail ] || return 0
+    [ -f "$name.trail" ] || return 0
     # shellcheck disable=SC2086
-    spin -t -k kvstore_protocol.pml.trail $defines "$model" 2>/dev/null |
+    spin -t -k "$name.trail" $defines "$model" 2>/dev/null |
         grep -E '(store|coordinator|(writer|reader) [0-9]): ' | sed 's/^ */    /'
 }
 
@@ -36,9 +40,9 @@ story() {
 build() {
     defines=$1
     rm -f pan* ./*.trail log
-    cp "$model" kvstore_protocol.pml
+    cp "$model" "$name"
     # shellcheck disable=SC2086 # several words each
-    spin -a $defines kvstore_protocol.pml >log || fail "spin refuses the model: $defines"
+    spin -a $defines "$name" >log || fail "spin refuses the model: $defines"
     # shellcheck disable=SC2086
     gcc -w -DMEMLIM=$memory_mb $2 -o pan pan.c 2>log || fail "gcc refuses the verifier"
 }
@@ -62,9 +66,9 @@ search() {
 property() {
     local line
     # shellcheck disable=SC2086
-    line=$(spin -t -k kvstore_protocol.pml.trail $defines "$model" 2>&1 |
-        sed -n 's/.*kvstore_protocol.pml:\([0-9]*\), Error: assertion violated.*/\1/p' | head -n 1)
-    [ -z "$line" ] || sed -n "${line}s/.*\/\* \(P[0-9]\) \*\/.*/\1/p" "$model"
+    line=$(spin -t -k "$name.trail" $defines "$model" 2>&1 |
+        sed -n 's/.*\.pml:\([0-9]*\), Error: assertion violated.*/\1/p' | head -n 1)
+    [ -z "$line" ] || sed -n "${line}s/.*\/\* \(P[0-9]*\) \*\/.*/\1/p" "$model"
 }
 
 holds() { # WHAT DEFINES
@@ -111,7 +115,27 @@ printf '%s\n' \
     "P6 index and store agree in the end: holds, assertion, $safety states" \
     "P7 what was dropped stays dropped: holds, assertion, $safety states"
 
+about reader_connection
+total=0
+holds "2 readers on their connections, 2 events" ""
+holds "2 readers, 3 events, 3 reads of what is held" "-DEVENTS=3 -DREADS=3"
+echo "P8 what a living reader holds stays: holds, assertion, $total states"
+total=0
+holds "the guard alone, pins lost at rubbish" "-DGUARD -DBUG_CLOSE_UNPINS"
+holds "the guard alone, pins lost at a refusal" "-DGUARD -DBUG_CLOSE_ON_REFUSAL"
+echo "P9 what the guard calls sound is sound: holds, assertion, $total states"
+total=0
+holds "a forked copy that refuses its calls" "-DFORK -DBUG_NO_ECHO"
+holds "one that calls, and answers that say what they are" "-DFORK -DBUG_FORK_ASKS"
+echo "P10 an answer is to what was asked: holds, assertion, $total states"
+
 echo "seeded bugs:"
+found "rubbish ends the pins of a living reader" P8 "-DBUG_CLOSE_UNPINS"
+found "refusals end the pins of a living reader" P8 "-DBUG_CLOSE_ON_REFUSAL"
+found "the seal is broken after the room is given away" P9 \
+    "-DGUARD -DBUG_CLOSE_UNPINS -DBUG_SEAL_LATE"
+found "a forked copy asks on the same connection" P10 "-DFORK -DBUG_FORK_ASKS -DBUG_NO_ECHO"
+about kvstore_protocol
 found "evict a pinned shard and free its room" P1 "$one -DBUG_EVICT_PINNED"
 found "give back room that a copy is still written to" P1 "$one -DBUG_COPY_UNPINNED"
 found "commit of an older generation wins" P2 "$one -DBUG_OLDER_WINS"
