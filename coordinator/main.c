@@ -1,5 +1,6 @@
 /* redknot-coordinator: options, start, wait, stop. */
 #include "common/base/log.h"
+#include "common/base/ports.h"
 #include "common/base/service.h"
 #include "common/metrics/metrics.h"
 #include "coordinator/coordinator.h"
@@ -35,10 +36,10 @@ struct arguments {
 const char *argp_program_version = "redknot-coordinator " REDKNOT_VERSION;
 
 static const struct argp_option option_list[] = {
-    {"listen", OPTION_LISTEN, "HOST:PORT", 0, "Serve gRPC here (127.0.0.1:7100)", 0},
+    {"listen", OPTION_LISTEN, "HOST:PORT", 0, "Serve gRPC here (" RK_LISTEN_COORDINATOR ")", 0},
     {"data", OPTION_DATA, "DIR", 0, "Metadata database (./redknot-data/coordinator)", 0},
     {"metrics", OPTION_METRICS, "HOST:PORT", 0,
-     "Serve Prometheus text here; empty: nowhere (127.0.0.1:7101)", 0},
+     "Serve Prometheus text here; empty: nowhere (" RK_METRICS_COORDINATOR ")", 0},
     {"heartbeat-ms", OPTION_HEARTBEAT_MS, "MS", 0, "How often nodes report (500)", 0},
     {"timeout-ms", OPTION_TIMEOUT_MS, "MS", 0, "A node silent for longer is down (2000)", 0},
     {"shards-per-segment", OPTION_SHARDS_PER_SEGMENT, "N", 0,
@@ -166,14 +167,14 @@ int main(int argc, char **argv)
     struct arguments arguments = {
         .options =
             {
-                .listen = "127.0.0.1:7100",
+                .listen = RK_LISTEN_COORDINATOR,
                 .data_dir = "./redknot-data/coordinator",
                 .heartbeat_ms = 500,
                 .timeout_ms = 2000,
                 .slow_start_ms = 30000,
                 .probe_interval_ms = 2000,
             },
-        .metrics = "127.0.0.1:7101",
+        .metrics = RK_METRICS_COORDINATOR,
         .level = RK_LOG_LEVEL_INFO,
     };
     struct coordinator *coordinator = NULL;

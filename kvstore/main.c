@@ -4,6 +4,7 @@
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/log.h"
+#include "common/base/ports.h"
 #include "common/base/service.h"
 
 #include <argp.h>
@@ -54,15 +55,15 @@ struct settings {
 };
 
 static const struct argp_option options[] = {
-    {"listen", OPTION_LISTEN, "HOST:PORT", 0, "gRPC address (127.0.0.1:7201; port 0: any)", 0},
+    {"listen", OPTION_LISTEN, "HOST:PORT", 0, "gRPC address (" RK_LISTEN_STORE "; port 0: any)", 0},
     {"coordinator", OPTION_COORDINATOR, "HOST:PORT", 0, "Register here (none: runs alone)", 0},
     {"dram", OPTION_DRAM, "SIZE", 0, "Memory for KV pages, reserved at start (1GiB)", 0},
     {"shm-socket", OPTION_SHM_SOCKET, "PATH", 0,
      "Unix socket for readers on this host; empty: none (under $XDG_RUNTIME_DIR or /tmp)", 0},
     {"ucx", OPTION_UCX, "HOST:PORT", 0,
      "UCX address for readers on other hosts; empty: none (host of --listen, any port)", 0},
-    {"metrics", OPTION_METRICS, "HOST:PORT", 0, "Prometheus metrics; empty: none (127.0.0.1:7202)",
-     0},
+    {"metrics", OPTION_METRICS, "HOST:PORT", 0,
+     "Prometheus metrics; empty: none (" RK_METRICS_STORE ")", 0},
     {"node-id", OPTION_NODE_ID, "NAME", 0, "Name in the cluster (made from the host's name)", 0},
     {"advertise", OPTION_ADVERTISE, "HOST:PORT", 0, "gRPC address for others (that of --listen)",
      0},
@@ -485,9 +486,9 @@ static void fault_signal_set(bool enabled)
 
 int main(int argc, char **argv)
 {
-    static struct process process = {.settings = {.listen = "127.0.0.1:7201",
+    static struct process process = {.settings = {.listen = RK_LISTEN_STORE,
                                                   .dram_bytes = UINT64_C(1) << 30,
-                                                  .metrics = "127.0.0.1:7202",
+                                                  .metrics = RK_METRICS_STORE,
                                                   .scrub_rate = UINT64_C(64) << 20,
                                                   .log_level = RK_LOG_LEVEL_INFO}};
     static const struct argp argp = {

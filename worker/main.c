@@ -3,6 +3,7 @@
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/log.h"
+#include "common/base/ports.h"
 #include "common/base/service.h"
 #include "common/metrics/metrics.h"
 #include "common/rpc/rpc.h"
@@ -58,11 +59,11 @@ enum option_key {
 
 static const struct argp_option argp_options[] = {
     {"model", 'm', "FILE", 0, "Model, GGUF (required)", 0},
-    {"listen", KEY_LISTEN, "HOST:PORT", 0, "gRPC address (127.0.0.1:7301)", 0},
+    {"listen", KEY_LISTEN, "HOST:PORT", 0, "gRPC address (" RK_LISTEN_WORKER ")", 0},
     {"advertise", KEY_ADVERTISE, "HOST:PORT", 0,
      "Address that others reach this worker at (the one it listens on)", 0},
     {"coordinator", 'c', "HOST:PORT", 0, "Coordinator; without it nothing is cached", 0},
-    {"metrics", KEY_METRICS, "HOST:PORT", 0, "Metrics address (127.0.0.1:7302)", 0},
+    {"metrics", KEY_METRICS, "HOST:PORT", 0, "Metrics address (" RK_METRICS_WORKER ")", 0},
     {"node-id", KEY_NODE_ID, "ID", 0, "Name in the cluster (worker-<host>-<random>)", 0},
     {"threads", 't', "N", 0, "Threads of the engine (all cores)", 0},
     {"mode", KEY_MODE, "bf16|f32", 0, "Precision (bf16 where the CPU is fast at it)", 0},
@@ -396,8 +397,8 @@ int main(int argc, char **argv)
         NULL,
         NULL,
         NULL};
-    struct arguments arguments = {.listen = "127.0.0.1:7301",
-                                  .metrics = "127.0.0.1:7302",
+    struct arguments arguments = {.listen = RK_LISTEN_WORKER,
+                                  .metrics = RK_METRICS_WORKER,
                                   .log_level = "info",
                                   .isa = "auto",
                                   .path = "auto"};

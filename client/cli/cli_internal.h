@@ -9,6 +9,7 @@
 #define CLIENT_CLI_CLI_INTERNAL_H
 
 #include "client/redknot.h"
+#include "common/base/ports.h"
 
 #include <argp.h>
 #include <jansson.h>
@@ -18,9 +19,29 @@
 #define CLI_FAIL  1
 #define CLI_USAGE 2
 
-#define CLI_COORDINATOR_DEFAULT "127.0.0.1:7100"
+#define CLI_COORDINATOR_DEFAULT RK_LISTEN_COORDINATOR
 #define CLI_FILE_BYTES_MAX      (64u << 20) /* of a document */
 #define CLI_SEGMENTS_MAX        1024        /* of one request */
+
+/*
+ * ---- Letters of options: one letter means one thing in every command and daemon ----
+ *
+ * An option without a line here has no letter. tests/client/test_cli.c compares all helps.
+ */
+enum cli_letter {
+    CLI_LETTER_COORDINATOR = 'c', /* also of the worker */
+    CLI_LETTER_DIR = 'd',         /* of a cluster's state */
+    CLI_LETTER_EXAMPLES = 'e',
+    CLI_LETTER_JSON = 'j',
+    CLI_LETTER_LEVEL = 'l', /* --level, also called --fidelity */
+    CLI_LETTER_MODEL = 'm', /* also of the worker */
+    CLI_LETTER_MAX_TOKENS = 'n',
+    CLI_LETTER_PROMPT = 'p',
+    CLI_LETTER_SEGMENT = 's',
+    CLI_LETTER_THREADS = 't', /* also of the worker */
+    CLI_LETTER_VERBOSE = 'v',
+    CLI_LETTER_WORKER = 'w', /* the address of one */
+};
 
 /* ---- Options that every subcommand has; parsed by the child below ---- */
 

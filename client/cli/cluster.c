@@ -22,9 +22,8 @@
 #include "redknot/v1/kvstore.pb-c.h"
 #include "redknot/v1/worker.pb-c.h"
 
-#define PORT_STORES       1
-#define PORT_WORKERS      20
-#define PORT_METRICS      100
+#define PORT_STORES       (RK_PORT_STORE - RK_PORT_COORDINATOR)
+#define PORT_WORKERS      (RK_PORT_WORKER - RK_PORT_COORDINATOR)
 #define PROBE_TIMEOUT_MS  1000
 #define PROBE_INTERVAL_MS 50
 #define LOG_TAIL_LINES    6
@@ -82,7 +81,8 @@ static bool port_free(uint16_t port)
 static bool ports_free(uint16_t base, uint32_t first, uint32_t count)
 {
     for (uint32_t i = first; i < first + count; i++) {
-        if (!port_free((uint16_t)(base + i)) || !port_free((uint16_t)(base + i + PORT_METRICS))) {
+        if (!port_free((uint16_t)(base + i)) ||
+            !port_free((uint16_t)(base + i + RK_PORTS_METRICS))) {
             return false;
         }
     }
@@ -295,7 +295,8 @@ static enum rk_status process_name(const struct cluster_options *options, const 
                        index);
     }
     (void)snprintf(process->address, sizeof(process->address), "127.0.0.1:%u", port);
-    (void)snprintf(process->metrics, sizeof(process->metrics), "127.0.0.1:%u", port + PORT_METRICS);
+    (void)snprintf(process->metrics, sizeof(process->metrics), "127.0.0.1:%u",
+                   port + RK_PORTS_METRICS);
     char log[PATH_MAX + 64];
     int program = snprintf(process->program, PATH_MAX, "%s/%s", bin, programs[role]);
     int length = snprintf(log, sizeof(log), "%s/logs/%s.log", cluster->dir, process->node_id);

@@ -10,6 +10,7 @@
 #ifndef CLIENT_CLI_CLUSTER_INTERNAL_H
 #define CLIENT_CLI_CLUSTER_INTERNAL_H
 
+#include "common/base/ports.h"
 #include "common/base/status.h"
 
 #include <jansson.h>
@@ -17,8 +18,8 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-#define CLUSTER_WORKERS_MAX   16
-#define CLUSTER_STORES_MAX    16
+#define CLUSTER_WORKERS_MAX   RK_PORTS_OF_A_KIND
+#define CLUSTER_STORES_MAX    RK_PORTS_OF_A_KIND
 #define CLUSTER_PROCESSES_MAX (1 + CLUSTER_WORKERS_MAX + CLUSTER_STORES_MAX)
 
 struct cluster_options {
@@ -30,7 +31,7 @@ struct cluster_options {
     uint32_t num_workers;
     uint32_t num_stores;
     uint32_t threads;   /* of each worker, 0: the processors shared out */
-    uint16_t base_port; /* coordinator; stores from +1, workers from +20, metrics +100 */
+    uint16_t base_port; /* the plan of common/base/ports.h begins here */
 };
 
 enum cluster_role { CLUSTER_COORDINATOR, CLUSTER_STORE, CLUSTER_WORKER };

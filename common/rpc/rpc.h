@@ -43,7 +43,7 @@ struct rk_rpc_method {
 };
 
 struct rk_rpc_server_options {
-    const char *address;          /* "127.0.0.1:7101"; port 0 picks a free one */
+    const char *address;          /* "127.0.0.1:7100"; port 0 picks a free one */
     uint32_t calls_max;           /* handlers at once, 0: 64. Health and reflection streams count */
     uint32_t default_deadline_ms; /* for calls that bring none, 0: 600,000 */
 };
