@@ -2,7 +2,10 @@
 #include "common/base/log.h"
 #include "common/base/service.h"
 
+#include <errno.h>
+#include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static const struct {
     const char *name;
@@ -37,9 +40,22 @@ static void print_help(FILE *file)
         file);
 }
 
+/* Whoever prints checks nothing: a disk that is full shows here, for every command and its help. */
+static void close_output(void)
+{
+    bool failed = ferror(stdout) != 0;
+    errno = 0;
+    if ((fclose(stdout) != 0 || failed) && errno != EBADF) {
+        (void)fprintf(stderr, "redknot: standard output: not everything was written%s%s\n",
+                      errno ? ": " : "", errno ? strerror(errno) : "");
+        _exit(CLI_FAIL);
+    }
+}
+
 int main(int argc, char **argv)
 {
     static char name[32];
+    (void)atexit(close_output);
     rk_log_init("redknot", RK_LOG_LEVEL_ERROR);
     rk_service_init();
     argp_program_version = "redknot " REDKNOT_VERSION;
@@ -62,11 +78,7 @@ int main(int argc, char **argv)
             cli_signals_start();
             (void)snprintf(name, sizeof(name), "redknot %s", argv[1]);
             argv[1] = name;
-            int code = commands[i].run(argc - 1, argv + 1);
-            if (fflush(stdout) != 0 && code == CLI_OK) {
-                code = cli_fail("standard output: %s; not everything was written", "write failed");
-            }
-            return code;
+            return commands[i].run(argc - 1, argv + 1);
         }
     }
     (void)cli_fail("%s: no such command; `redknot --help` lists them", argv[1]);
