@@ -15,14 +15,12 @@
 
 /* ---- Options ---- */
 
-enum { KEY_COORDINATOR = 'c', KEY_JSON = 'j' };
-
 static const struct argp_option common_options[] = {
     {.name = "coordinator",
-     .key = KEY_COORDINATOR,
+     .key = CLI_LETTER_COORDINATOR,
      .arg = "ADDR",
      .doc = "Coordinator, default " CLI_COORDINATOR_DEFAULT " or $REDKNOT_COORDINATOR"},
-    {.name = "json", .key = KEY_JSON, .doc = "Print one JSON object on standard output"},
+    {.name = "json", .key = CLI_LETTER_JSON, .doc = "Print one JSON object on standard output"},
     {.name = NULL},
 };
 
@@ -35,11 +33,11 @@ static error_t parse_common(int key, char *arg, struct argp_state *state)
         common->coordinator = address && address[0] ? address : CLI_COORDINATOR_DEFAULT;
         return 0;
     }
-    case KEY_COORDINATOR:
+    case CLI_LETTER_COORDINATOR:
         common->coordinator = arg;
         common->coordinator_given = true;
         return 0;
-    case KEY_JSON:
+    case CLI_LETTER_JSON:
         common->json = true;
         return 0;
     default:

@@ -22,8 +22,14 @@ struct demo_arguments {
 };
 
 static const struct argp_option demo_options[] = {
-    {.name = "examples", .key = 'e', .arg = "DIR", .doc = "Documents and questions.json"},
-    {.name = "model", .key = 'm', .arg = "FILE", .doc = "GGUF file; default as for `redknot up`"},
+    {.name = "examples",
+     .key = CLI_LETTER_EXAMPLES,
+     .arg = "DIR",
+     .doc = "Documents and questions.json"},
+    {.name = "model",
+     .key = CLI_LETTER_MODEL,
+     .arg = "FILE",
+     .doc = "GGUF file; default as for `redknot up`"},
     {.name = NULL},
 };
 
@@ -34,10 +40,10 @@ static error_t parse_demo(int key, char *arg, struct argp_state *state)
     case ARGP_KEY_INIT:
         state->child_inputs[0] = &arguments->common;
         return 0;
-    case 'e':
+    case CLI_LETTER_EXAMPLES:
         arguments->examples = arg;
         return 0;
-    case 'm':
+    case CLI_LETTER_MODEL:
         arguments->model = arg;
         return 0;
     case ARGP_KEY_ARG:

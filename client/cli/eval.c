@@ -20,10 +20,13 @@ struct eval_arguments {
 enum { KEY_DUMP = 256 };
 
 static const struct argp_option eval_options[] = {
-    {.name = "level", .key = 'l', .arg = "LEVEL", .doc = "What to measure, default exact"},
-    {.name = "fidelity", .key = 'l', .flags = OPTION_ALIAS},
+    {.name = "level",
+     .key = CLI_LETTER_LEVEL,
+     .arg = "LEVEL",
+     .doc = "What to measure, default exact"},
+    {.name = "fidelity", .key = CLI_LETTER_LEVEL, .flags = OPTION_ALIAS},
     {.name = "dump", .key = KEY_DUMP, .arg = "FILE", .doc = "Write both distributions there"},
-    {.name = "worker", .key = 'w', .arg = "ADDR", .doc = "Measure this worker"},
+    {.name = "worker", .key = CLI_LETTER_WORKER, .arg = "ADDR", .doc = "Measure this worker"},
     {.name = NULL},
 };
 
@@ -34,13 +37,13 @@ static error_t parse_eval(int key, char *arg, struct argp_state *state)
     case ARGP_KEY_INIT:
         state->child_inputs[0] = &arguments->common;
         return 0;
-    case 'l':
+    case CLI_LETTER_LEVEL:
         arguments->level = cli_parse_level(state, arg);
         return 0;
     case KEY_DUMP:
         arguments->dump = arg;
         return 0;
-    case 'w':
+    case CLI_LETTER_WORKER:
         arguments->worker = arg;
         return 0;
     case ARGP_KEY_ARG:

@@ -14,22 +14,34 @@ struct generate_arguments {
     bool verbose;
 };
 
-enum { KEY_RAW = 256, KEY_NO_PUBLISH, KEY_TOP_P, KEY_SEED, KEY_SYSTEM };
+enum { KEY_RAW = 256, KEY_NO_PUBLISH, KEY_TOP_P, KEY_SEED, KEY_SYSTEM, KEY_TEMPERATURE };
 
 static const struct argp_option generate_options[] = {
-    {.name = "segment", .key = 's', .arg = "FILE|ID", .doc = "A document, in this order; repeat"},
-    {.name = "prompt", .key = 'p', .arg = "TEXT", .doc = "What to answer"},
-    {.name = "fidelity", .key = 'f', .arg = "LEVEL", .doc = "full, exact (default) or fast"},
-    {.name = "level", .key = 'f', .flags = OPTION_ALIAS},
-    {.name = "max-tokens", .key = 'n', .arg = "N", .doc = "Stop after N tokens, default 128"},
-    {.name = "worker", .key = 'w', .arg = "ADDR", .doc = "Ask this worker"},
-    {.name = "temperature", .key = 't', .arg = "T", .doc = "0 (default): the likeliest token"},
+    {.name = "segment",
+     .key = CLI_LETTER_SEGMENT,
+     .arg = "FILE|ID",
+     .doc = "A document, in this order; repeat"},
+    {.name = "prompt", .key = CLI_LETTER_PROMPT, .arg = "TEXT", .doc = "What to answer"},
+    {.name = "level",
+     .key = CLI_LETTER_LEVEL,
+     .arg = "LEVEL",
+     .doc = "full, exact (default) or fast"},
+    {.name = "fidelity", .key = CLI_LETTER_LEVEL, .flags = OPTION_ALIAS},
+    {.name = "max-tokens",
+     .key = CLI_LETTER_MAX_TOKENS,
+     .arg = "N",
+     .doc = "Stop after N tokens, default 128"},
+    {.name = "worker", .key = CLI_LETTER_WORKER, .arg = "ADDR", .doc = "Ask this worker"},
+    {.name = "temperature",
+     .key = KEY_TEMPERATURE,
+     .arg = "T",
+     .doc = "0 (default): the likeliest token"},
     {.name = "top-p", .key = KEY_TOP_P, .arg = "P", .doc = "Nucleus sampling, default 1"},
     {.name = "seed", .key = KEY_SEED, .arg = "S", .doc = "Of the sampling"},
     {.name = "system", .key = KEY_SYSTEM, .arg = "TEXT", .doc = "System message"},
     {.name = "raw", .key = KEY_RAW, .doc = "No chat template"},
     {.name = "no-publish", .key = KEY_NO_PUBLISH, .doc = "Store nothing of what is computed"},
-    {.name = "verbose", .key = 'v', .doc = "Report each segment"},
+    {.name = "verbose", .key = CLI_LETTER_VERBOSE, .doc = "Report each segment"},
     {.name = NULL},
 };
 
@@ -51,24 +63,24 @@ static error_t parse_generate(int key, char *arg, struct argp_state *state)
     case ARGP_KEY_INIT:
         state->child_inputs[0] = &arguments->common;
         return 0;
-    case 's':
+    case CLI_LETTER_SEGMENT:
         return parse_segment(arguments, arg, state);
-    case 'p':
+    case CLI_LETTER_PROMPT:
         arguments->prompt = arg;
         return 0;
-    case 'f':
+    case CLI_LETTER_LEVEL:
         request->level = cli_parse_level(state, arg);
         return 0;
-    case 'n':
+    case CLI_LETTER_MAX_TOKENS:
         request->max_tokens = (uint32_t)cli_parse_uint(state, "--max-tokens", arg, 1, 1u << 20);
         return 0;
-    case 'w':
+    case CLI_LETTER_WORKER:
         arguments->worker = arg;
         return 0;
-    case 't':
+    case KEY_TEMPERATURE:
         request->temperature = (float)cli_parse_double(state, "--temperature", arg, 0, 100);
         return 0;
-    case 'v':
+    case CLI_LETTER_VERBOSE:
         arguments->verbose = true;
         return 0;
     case KEY_TOP_P:

@@ -9,7 +9,7 @@ struct put_arguments {
 };
 
 static const struct argp_option put_options[] = {
-    {.name = "worker", .key = 'w', .arg = "ADDR", .doc = "Compute on this worker"},
+    {.name = "worker", .key = CLI_LETTER_WORKER, .arg = "ADDR", .doc = "Compute on this worker"},
     {.name = NULL},
 };
 
@@ -20,7 +20,7 @@ static error_t parse_put(int key, char *arg, struct argp_state *state)
     case ARGP_KEY_INIT:
         state->child_inputs[0] = &arguments->common;
         return 0;
-    case 'w':
+    case CLI_LETTER_WORKER:
         arguments->worker = arg;
         return 0;
     case ARGP_KEY_ARGS:

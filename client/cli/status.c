@@ -5,7 +5,7 @@
 
 #define SEGMENTS_LISTED_MAX 1000
 
-enum { OPTION_GONE = 256, OPTION_LABEL, OPTION_SALT, OPTION_ALL };
+enum { OPTION_SEGMENTS = 256, OPTION_GONE, OPTION_LABEL, OPTION_SALT, OPTION_ALL };
 
 struct status_arguments {
     struct cli_common common;
@@ -14,7 +14,7 @@ struct status_arguments {
 };
 
 static const struct argp_option status_options[] = {
-    {.name = "segments", .key = 's', .doc = "List the stored segments, too"},
+    {.name = "segments", .key = OPTION_SEGMENTS, .doc = "List the stored segments, too"},
     {.name = "gone",
      .key = OPTION_GONE,
      .doc = "With --segments: also those whose KV is gone (evicted, or lost with its store); their "
@@ -29,7 +29,7 @@ static error_t parse_status(int key, char *arg, struct argp_state *state)
     case ARGP_KEY_INIT:
         state->child_inputs[0] = &arguments->common;
         return 0;
-    case 's':
+    case OPTION_SEGMENTS:
         arguments->segments = true;
         return 0;
     case OPTION_GONE:

@@ -15,17 +15,23 @@ struct up_arguments {
     char model[PATH_MAX];
 };
 
-enum { KEY_STORES = 256, KEY_DRAM, KEY_MODE, KEY_HEAD_MAP, KEY_DETACH };
+enum { KEY_WORKERS = 256, KEY_STORES, KEY_BASE_PORT, KEY_DRAM, KEY_MODE, KEY_HEAD_MAP, KEY_DETACH };
 
 static const struct argp_option up_options[] = {
-    {.name = "dir", .key = 'd', .arg = "DIR", .doc = "State and logs; default below"},
-    {.name = "workers", .key = 'w', .arg = "N", .doc = "Workers, default 2"},
+    {.name = "dir", .key = CLI_LETTER_DIR, .arg = "DIR", .doc = "State and logs; default below"},
+    {.name = "workers", .key = KEY_WORKERS, .arg = "N", .doc = "Workers, default 2"},
     {.name = "stores", .key = KEY_STORES, .arg = "N", .doc = "Store nodes, default 1"},
-    {.name = "model", .key = 'm', .arg = "FILE", .doc = "GGUF file; default below"},
+    {.name = "model", .key = CLI_LETTER_MODEL, .arg = "FILE", .doc = "GGUF file; default below"},
     {.name = "dram", .key = KEY_DRAM, .arg = "SIZE", .doc = "Of each store, default 1GiB"},
-    {.name = "threads", .key = 't', .arg = "N", .doc = "Of each worker; default: shared out"},
+    {.name = "threads",
+     .key = CLI_LETTER_THREADS,
+     .arg = "N",
+     .doc = "Of each worker; default: shared out"},
     {.name = "mode", .key = KEY_MODE, .arg = "MODE", .doc = "bf16 (default) or f32"},
-    {.name = "base-port", .key = 'p', .arg = "P", .doc = "Of the coordinator, default 7100"},
+    {.name = "base-port",
+     .key = KEY_BASE_PORT,
+     .arg = "P",
+     .doc = "Of the coordinator, default 7100"},
     {.name = "head-map", .key = KEY_HEAD_MAP, .arg = "FILE", .doc = "Head map of the model"},
     {.name = "detach", .key = KEY_DETACH, .doc = "Return when all serve; the default"},
     {.name = NULL},
@@ -49,10 +55,10 @@ static error_t parse_up(int key, char *arg, struct argp_state *state)
     case ARGP_KEY_INIT:
         state->child_inputs[0] = &arguments->common;
         return 0;
-    case 'd':
+    case CLI_LETTER_DIR:
         options->dir = arg;
         return 0;
-    case 'w':
+    case KEY_WORKERS:
         options->num_workers =
             (uint32_t)cli_parse_uint(state, "--workers", arg, 1, CLUSTER_WORKERS_MAX);
         return 0;
@@ -60,13 +66,13 @@ static error_t parse_up(int key, char *arg, struct argp_state *state)
         options->num_stores =
             (uint32_t)cli_parse_uint(state, "--stores", arg, 1, CLUSTER_STORES_MAX);
         return 0;
-    case 'm':
+    case CLI_LETTER_MODEL:
         options->model = arg;
         return 0;
     case KEY_DRAM:
         options->dram = arg;
         return parse_dram(arg, state);
-    case 't':
+    case CLI_LETTER_THREADS:
         options->threads = (uint32_t)cli_parse_uint(state, "--threads", arg, 1, 1024);
         return 0;
     case KEY_MODE:
@@ -75,8 +81,9 @@ static error_t parse_up(int key, char *arg, struct argp_state *state)
         }
         options->mode = arg;
         return 0;
-    case 'p':
-        options->base_port = (uint16_t)cli_parse_uint(state, "--base-port", arg, 1, 65000);
+    case KEY_BASE_PORT:
+        options->base_port =
+            (uint16_t)cli_parse_uint(state, "--base-port", arg, 1, UINT16_MAX - RK_PORTS_SPAN);
         return 0;
     case KEY_HEAD_MAP:
         options->head_map = arg;
@@ -147,7 +154,7 @@ int cli_up(int argc, char **argv)
                                                       .dram = "1GiB",
                                                       .num_workers = 2,
                                                       .num_stores = 1,
-                                                      .base_port = 7100};
+                                                      .base_port = RK_PORT_COORDINATOR};
         (void)argp_parse(&up_argp, argc, argv, 0, NULL, arguments);
         code = up_run(arguments, cluster);
     }
@@ -164,7 +171,7 @@ struct down_arguments {
 };
 
 static const struct argp_option down_options[] = {
-    {.name = "dir", .key = 'd', .arg = "DIR", .doc = "What `up` was given"},
+    {.name = "dir", .key = CLI_LETTER_DIR, .arg = "DIR", .doc = "What `up` was given"},
     {.name = NULL},
 };
 
@@ -175,7 +182,7 @@ static error_t parse_down(int key, char *arg, struct argp_state *state)
     case ARGP_KEY_INIT:
         state->child_inputs[0] = &arguments->common;
         return 0;
-    case 'd':
+    case CLI_LETTER_DIR:
         arguments->dir = arg;
         return 0;
     case ARGP_KEY_ARG:

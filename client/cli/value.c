@@ -21,9 +21,14 @@ struct value_arguments {
     int num_words;
 };
 
+enum { KEY_PATH = 256, KEY_TIMEOUT };
+
 static const struct argp_option value_options[] = {
-    {.name = "path", .key = 'p', .arg = "PATH", .doc = "auto (default), shm, ucx or grpc"},
-    {.name = "timeout-ms", .key = 't', .arg = "MS", .doc = "Of the whole call (default 5000)"},
+    {.name = "path", .key = KEY_PATH, .arg = "PATH", .doc = "auto (default), shm, ucx or grpc"},
+    {.name = "timeout-ms",
+     .key = KEY_TIMEOUT,
+     .arg = "MS",
+     .doc = "Of the whole call (default 5000)"},
     {.name = NULL},
 };
 
@@ -34,10 +39,10 @@ static error_t parse_value(int key, char *arg, struct argp_state *state)
     case ARGP_KEY_INIT:
         state->child_inputs[0] = &arguments->common;
         return 0;
-    case 'p':
+    case KEY_PATH:
         arguments->path = arg;
         return 0;
-    case 't':
+    case KEY_TIMEOUT:
         arguments->timeout_ms = (int)cli_parse_uint(state, "--timeout-ms", arg, 1, 3600000);
         return 0;
     case ARGP_KEY_ARGS:

@@ -20,13 +20,13 @@
 static char dir[] = "/tmp/redknot-cli-XXXXXX";
 
 /* Output of both streams. arguments may use $D, the directory of the test's files. */
-static int run(const char *arguments, char *output, size_t room)
+static int run_program(const char *program, const char *arguments, char *output, size_t room)
 {
     char command[2048];
     (void)snprintf(command, sizeof(command),
                    "D=%s; REDKNOT_COORDINATOR=127.0.0.1:1 " REDKNOT_BINARY_DIR
-                   "/bin/redknot %s 2>&1 </dev/null",
-                   dir, arguments);
+                   "/bin/%s 2>&1 </dev/null %s",
+                   dir, program, arguments);
     FILE *pipe = popen(command, "r");
     assert_non_null(pipe);
     size_t bytes = fread(output, 1, room - 1, pipe);
@@ -34,6 +34,11 @@ static int run(const char *arguments, char *output, size_t room)
     int status = pclose(pipe);
     assert_true(WIFEXITED(status));
     return WEXITSTATUS(status);
+}
+
+static int run(const char *arguments, char *output, size_t room)
+{
+    return run_program("redknot", arguments, output, room);
 }
 
 static void write_file(const char *name, const char *text, size_t bytes)
@@ -132,6 +137,80 @@ static void exit_codes_and_messages(void **state)
     }
 }
 
+static const char *const commands[] = {"up",   "down", "put",   "generate", "status",
+                                       "drop", "eval", "value", "demo"};
+static const char *const daemons[] = {"redknot-coordinator", "redknot-kvstore", "redknot-worker"};
+
+/* "  -m, --model=FILE ..." says that m is --model. */
+static void letters_of(const char *program, const char *help, char names[128][32])
+{
+    for (const char *at = help; (at = strstr(at, "\n  -")); at++) {
+        char letter = at[4];
+        char name[32];
+        if (at[5] != ',' || sscanf(at + 6, " --%31[a-z-]", name) != 1) {
+            continue;
+        }
+        if (names[(int)letter][0] && strcmp(names[(int)letter], name) != 0) {
+            fail_msg("%s: -%c is --%s, elsewhere it is --%s", program, letter, name,
+                     names[(int)letter]);
+        }
+        (void)snprintf(names[(int)letter], sizeof(names[0]), "%s", name);
+    }
+}
+
+static void one_letter_means_one_thing(void **state)
+{
+    (void)state;
+    static char names[128][32];
+    static char output[16384];
+    for (size_t i = 0; i < sizeof(commands) / sizeof(commands[0]); i++) {
+        char arguments[64];
+        (void)snprintf(arguments, sizeof(arguments), "%s --help", commands[i]);
+        assert_int_equal(run(arguments, output, sizeof(output)), 0);
+        letters_of(commands[i], output, names);
+    }
+    for (size_t i = 0; i < sizeof(daemons) / sizeof(daemons[0]); i++) {
+        assert_int_equal(run_program(daemons[i], "--help", output, sizeof(output)), 0);
+        letters_of(daemons[i], output, names);
+    }
+    assert_string_equal(names['c'], "coordinator");
+    assert_string_equal(names['m'], "model");
+    assert_string_equal(names['l'], "level");
+}
+
+/* Also what comes from the parser itself, as the help does. */
+static void unknown_options_are_wrong_usage(void **state)
+{
+    (void)state;
+    static char output[16384];
+    for (size_t i = 0; i < sizeof(commands) / sizeof(commands[0]); i++) {
+        char arguments[64];
+        (void)snprintf(arguments, sizeof(arguments), "%s --nonsense", commands[i]);
+        assert_int_equal(run(arguments, output, sizeof(output)), 2);
+        assert_non_null(strstr(output, "--nonsense"));
+    }
+    for (size_t i = 0; i < sizeof(daemons) / sizeof(daemons[0]); i++) {
+        assert_int_equal(run_program(daemons[i], "--nonsense", output, sizeof(output)), 2);
+        assert_int_equal(run_program(daemons[i], "stray", output, sizeof(output)), 2);
+    }
+}
+
+static void output_that_cannot_be_written_is_a_failure(void **state)
+{
+    (void)state;
+    static const char *const cases[] = {"--help", "--version", "down --dir $D", "down --dir $D -j",
+                                        "generate --help"};
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        char output[1024];
+        char arguments[128];
+        (void)snprintf(arguments, sizeof(arguments), "%s >/dev/full", cases[i]);
+        int code = run(arguments, output, sizeof(output));
+        if (code != 1 || !strstr(output, "No space left on device")) {
+            fail_msg("redknot %s: exit %d, \"%s\"", arguments, code, output);
+        }
+    }
+}
+
 /* A recorded pid that another process has now: it must not be hit. */
 static void down_spares_a_reused_pid(void **state)
 {
@@ -161,6 +240,9 @@ static void down_spares_a_reused_pid(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(exit_codes_and_messages),
+                                       cmocka_unit_test(one_letter_means_one_thing),
+                                       cmocka_unit_test(unknown_options_are_wrong_usage),
+                                       cmocka_unit_test(output_that_cannot_be_written_is_a_failure),
                                        cmocka_unit_test(down_spares_a_reused_pid)};
     return cmocka_run_group_tests(tests, make_files, remove_files);
 }
