@@ -13,8 +13,8 @@ help: ## This list
 demo: build ## Start a cluster on loopback, ask questions over examples/, show a table, stop it
 	@$(BUILD)/bin/redknot demo --examples examples
 
-test: build ## The whole test suite
-	@ctest --test-dir $(BUILD) --output-on-failure $(CTEST_ARGS)
+test: build ## The whole test suite; at the end what this machine had to skip, and why
+	@ctest --test-dir $(BUILD) --output-on-failure $(CTEST_ARGS); code=$$?; tests/support/skipped.sh $(BUILD); exit $$code
 
 setup: ## Install what building and testing needs (Debian packages, the model)
 	@tools/setup.sh

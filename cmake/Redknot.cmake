@@ -51,7 +51,7 @@ function(redknot_program name)
 endfunction()
 
 # redknot_test(NAME SOURCES... [LINK libs...] [LABELS l...] [TIMEOUT s]): a cmocka
-# program in ctest. Label "fast": also run under the sanitizers.
+# program in ctest. Exit code 77: it was skipped (tests/support/skip.h). Label "fast": also run under the sanitizers.
 function(redknot_test name)
   cmake_parse_arguments(ARG "" "TIMEOUT" "LINK;LABELS" ${ARGN})
   if(NOT ARG_TIMEOUT)
@@ -66,7 +66,7 @@ function(redknot_test name)
     REDKNOT_SOURCE_DIR="${CMAKE_SOURCE_DIR}" REDKNOT_BINARY_DIR="${CMAKE_BINARY_DIR}")
   target_link_libraries(${name} PRIVATE redknot_flags ${ARG_LINK} PkgConfig::CMOCKA)
   add_test(NAME ${name} COMMAND ${name})
-  set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}"
+  set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT} SKIP_RETURN_CODE 77 LABELS "${ARG_LABELS}"
     ENVIRONMENT "TSAN_OPTIONS=ignore_noninstrumented_modules=1:suppressions=${CMAKE_SOURCE_DIR}/tests/support/tsan.supp;ASAN_OPTIONS=detect_leaks=1:intercept_tls_get_addr=0;LSAN_OPTIONS=suppressions=${CMAKE_SOURCE_DIR}/tests/support/lsan.supp;OMP_WAIT_POLICY=passive")
 endfunction()
 

@@ -11,6 +11,7 @@
 #include "tests/e2e/cluster.h"
 #include "tests/e2e/network.h"
 #include "tests/e2e/value_bytes.h"
+#include "tests/support/skip.h"
 
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
@@ -570,7 +571,9 @@ static void scene_test(void **state)
     struct scene *scene = *state;
     int status = 0;
     if (missing) {
-        skip();
+        char reason[160];
+        (void)snprintf(reason, sizeof(reason), "networks cannot be made here without %s", missing);
+        test_skip("all tests across a network that fails", reason);
     }
     (void)fflush(NULL);
     pid_t pid = fork();
@@ -588,9 +591,6 @@ int main(int argc, char **argv)
     fixture.seed = given ? strtoull(given, NULL, 10) : (uint64_t)rk_clock_ns();
     print_message("seed %llu (REDKNOT_TEST_SEED)\n", (unsigned long long)fixture.seed);
     missing = network_missing();
-    if (missing) {
-        print_message("all are skipped: networks cannot be made here without %s\n", missing);
-    }
     static const char *const paths[] = {"ucx", "grpc"};
 #define INSIDE(test) cmocka_unit_test_setup_teardown(test, inner_set_up, inner_tear_down)
     const struct CMUnitTest inner[] = {
@@ -622,5 +622,5 @@ int main(int argc, char **argv)
     }
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     network_done();
-    return failed;
+    return test_exit_code(failed);
 }

@@ -7,6 +7,7 @@
  */
 #include "tests/e2e/cluster.h"
 #include "tests/e2e/documents.h"
+#include "tests/support/skip.h"
 
 #include "common/base/clock.h"
 
@@ -142,5 +143,5 @@ static void eight_clients_two_workers(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(eight_clients_two_workers)};
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return test_exit_code(cmocka_run_group_tests(tests, NULL, NULL));
 }

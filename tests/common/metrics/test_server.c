@@ -7,6 +7,7 @@
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/metrics/metrics.h"
+#include "tests/support/skip.h"
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -229,9 +230,8 @@ static void no_memory_is_said(void **state)
 static void promtool_has_no_complaint(void **state)
 {
     (void)state;
-    if (system("promtool --version >/dev/null 2>&1") != 0) {
-        print_message("promtool is not installed: skipped\n");
-        skip();
+    if (!test_has_program("promtool")) {
+        test_skip("promtool_has_no_complaint", "promtool is not installed (package prometheus)");
     }
     rk_metric_observe(rk_metric_histogram("redknot_test_wait_seconds", "Wait.", "path=\"shm\"",
                                           rk_metric_seconds, rk_metric_seconds_count),
@@ -262,5 +262,5 @@ int main(void)
         cmocka_unit_test(no_memory_is_said),
         cmocka_unit_test(promtool_has_no_complaint),
     };
-    return cmocka_run_group_tests(tests, start, stop);
+    return test_exit_code(cmocka_run_group_tests(tests, start, stop));
 }
