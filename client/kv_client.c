@@ -348,3 +348,68 @@ enum rk_status rk_kv_drop(struct rk_kv_client *client, const struct rk_id *ids, 
     }
     return RK_OK;
 }
+
+static bool shard_holds(const struct rk_kv_shard *shard, const struct rk_extent *of)
+{
+    return of->layer >= shard->heads.layer_begin && of->layer < shard->heads.layer_end &&
+           of->kv_head >= shard->heads.kv_head_begin && of->kv_head < shard->heads.kv_head_end;
+}
+
+const char *rk_kv_location_node(const struct rk_kv_location *location, const struct rk_extent *of)
+{
+    const struct rk_kv_shards *shards = location->shards;
+    for (uint32_t i = 0; shards && i < shards->count; i++) {
+        if (shard_holds(&shards->shards[i], of)) {
+            return shards->shards[i].endpoint.node_id;
+        }
+    }
+    return "";
+}
+
+enum rk_status rk_kv_drop_copy(struct rk_kv_client *client, const struct rk_kv_location *location,
+                               const struct rk_extent *bad, const struct rk_until *until,
+                               bool *ret_dropped, struct rk_error *error)
+{
+    const struct rk_kv_shards *shards = location->shards;
+    size_t room = shards ? shards->count : 0;
+    Redknot__V1__DropRequest request = REDKNOT__V1__DROP_REQUEST__INIT;
+    Redknot__V1__DropReply *reply = NULL;
+    Redknot__V1__DropRequest__Copy *copies = rk_alloc_zero(room + 1, sizeof(*copies));
+    Redknot__V1__DropRequest__Copy **pointers = rk_alloc_zero(room + 1, sizeof(*pointers));
+    enum rk_status status = RK_ERR_NO_MEMORY;
+    if (!copies || !pointers) {
+        (void)rk_error_set(error, status, "dropping a bad copy: out of memory");
+        goto done;
+    }
+    for (size_t i = 0; i < room; i++) {
+        const struct rk_kv_shard *shard = &shards->shards[i];
+        Redknot__V1__DropRequest__Copy *copy = &copies[request.n_copies];
+        if (bad && !shard_holds(shard, bad)) {
+            continue;
+        }
+        redknot__v1__drop_request__copy__init(copy);
+        copy->segment_id =
+            (ProtobufCBinaryData){RK_ID_BYTES, (uint8_t *)location->segment_id.bytes};
+        copy->generation = shard->generation;
+        copy->node_id = shard->endpoint.node_id;
+        pointers[request.n_copies++] = copy;
+    }
+    request.copies = pointers;
+    struct rk_until soon = rk_kv_metadata_until(client, until);
+    status = rk_rpc_unary_until(client->coordinator, "/redknot.v1.Coordinator/Drop", &request.base,
+                                &redknot__v1__drop_reply__descriptor, &soon,
+                                (ProtobufCMessage **)&reply, error);
+    if (status != RK_OK) {
+        rk_error_prefix(error, "dropping a bad copy at coordinator %s", client->address);
+        goto done;
+    }
+    if (ret_dropped) {
+        *ret_dropped = reply->copies > 0;
+    }
+    rk_rpc_message_free(&reply->base);
+
+done:
+    rk_free(copies);
+    rk_free(pointers);
+    return status;
+}

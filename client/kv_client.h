@@ -94,5 +94,17 @@ RK_MUST_CHECK enum rk_status rk_kv_put(struct rk_kv_client *client, const struct
 RK_MUST_CHECK enum rk_status rk_kv_drop(struct rk_kv_client *client, const struct rk_id *ids,
                                         size_t num_ids, const struct rk_until *until,
                                         uint32_t *ret_dropped, struct rk_error *error);
+/*
+ * The copy of location that was read is bad: that copy of that generation is evicted, and nothing
+ * else; a newer one, another node's shards, chains and tokens stay. bad: a page of it, which names
+ * the shard; NULL: all its shards. *ret_dropped (may be NULL): false when it is gone already.
+ */
+RK_MUST_CHECK enum rk_status rk_kv_drop_copy(struct rk_kv_client *client,
+                                             const struct rk_kv_location *location,
+                                             const struct rk_extent *bad,
+                                             const struct rk_until *until, bool *ret_dropped,
+                                             struct rk_error *error);
+/* The node that a page of location was read from, borrowed from location; "" when there is none. */
+const char *rk_kv_location_node(const struct rk_kv_location *location, const struct rk_extent *of);
 
 #endif

@@ -104,6 +104,81 @@ void coordinator_send_drops(struct coordinator *coordinator, struct index_drops 
     }
 }
 
+/* ---- One copy ---- */
+
+/* The node's shards of just this generation are gone. Under index_lock. */
+static enum rk_status drop_copy(struct coordinator *coordinator,
+                                const Redknot__V1__DropRequest__Copy *copy,
+                                struct index_drops *drops, uint32_t *dropped)
+{
+    struct index_node *node = index_node_find(coordinator->index, copy->node_id);
+    struct index_segment *segment;
+    struct rk_id id;
+    bool found = false;
+
+    RK_ASSERT(record_id(&copy->segment_id, &id)); /* check_copies() */
+    segment = index_segment_find(coordinator->index, &id);
+    if (node == NULL || segment == NULL || segment->generation != copy->generation) {
+        return RK_OK;
+    }
+    for (uint32_t i = 0; i < segment->num_shards; i++) {
+        if (segment->locations[i].node == node) {
+            enum rk_status status = index_drop_add(coordinator->index, drops, &id,
+                                                   segment->generation, i, node, rk_clock_ns());
+
+            if (status != RK_OK) {
+                return status;
+            }
+            index_shard_removed(coordinator->index, node, &id, segment->generation, i);
+            found = true;
+        }
+    }
+    *dropped += found;
+    return RK_OK;
+}
+
+static enum rk_status check_copies(const Redknot__V1__DropRequest *request, struct rk_error *error)
+{
+    struct rk_id id;
+
+    if (request->n_copies > COORDINATOR_IDS_MAX) {
+        return rk_error_set(error, RK_ERR_TOO_LONG, "%zu copies in one call, at most %u",
+                            request->n_copies, COORDINATOR_IDS_MAX);
+    }
+    for (size_t i = 0; i < request->n_copies; i++) {
+        if (!record_id(&request->copies[i]->segment_id, &id) ||
+            request->copies[i]->generation == 0) {
+            return rk_error_set(error, RK_ERR_INVALID,
+                                "copy %zu: it takes a segment id of %d bytes and a generation", i,
+                                RK_ID_BYTES);
+        }
+    }
+    return RK_OK;
+}
+
+/* Without locks held. */
+static enum rk_status drop_copies(struct coordinator *coordinator,
+                                  const Redknot__V1__DropRequest *request, uint32_t *ret_dropped,
+                                  struct rk_error *error)
+{
+    struct index_drops drops = {0};
+    enum rk_status status = RK_OK;
+    uint32_t dropped = 0;
+
+    (void)pthread_mutex_lock(&coordinator->write_lock);
+    (void)pthread_mutex_lock(&coordinator->index_lock);
+    for (size_t i = 0; status == RK_OK && i < request->n_copies; i++) {
+        status = drop_copy(coordinator, request->copies[i], &drops, &dropped);
+    }
+    (void)pthread_mutex_unlock(&coordinator->index_lock);
+    status = status == RK_OK ? coordinator_flush(coordinator, false, error) : out_of_memory(error);
+    (void)pthread_mutex_unlock(&coordinator->write_lock);
+    coordinator_send_drops(coordinator, &drops, DROP_MS);
+    index_drops_free(&drops);
+    *ret_dropped = dropped;
+    return status;
+}
+
 /* ---- What is dropped ---- */
 
 /* What a call asks for, checked. */
@@ -274,13 +349,20 @@ enum rk_status coordinator_drop(struct coordinator *coordinator, struct arena *a
     Redknot__V1__DropReply *reply = arena_alloc(arena, 1, sizeof(*reply));
     struct drop_result result = {0};
     struct drop_query query;
+    uint32_t copies = 0;
     enum rk_status status = check_drop(arena, request, &query, error);
 
+    if (status == RK_OK) {
+        status = check_copies(request, error);
+    }
+    if (status == RK_OK && reply == NULL) {
+        status = out_of_memory(error);
+    }
+    if (status == RK_OK && request->n_copies != 0) {
+        status = drop_copies(coordinator, request, &copies, error);
+    }
     if (status != RK_OK) {
         return status;
-    }
-    if (reply == NULL) {
-        return out_of_memory(error);
     }
     (void)pthread_mutex_lock(&coordinator->write_lock);
     status = drop_ids(coordinator, &query, query.ids, query.num_ids, &result, error);
@@ -290,6 +372,7 @@ enum rk_status coordinator_drop(struct coordinator *coordinator, struct arena *a
     (void)pthread_mutex_unlock(&coordinator->write_lock);
     redknot__v1__drop_reply__init(reply);
     reply->dropped = result.named;
+    reply->copies = copies;
     reply->chains = result.dropped > result.named ? result.dropped - result.named : 0;
     *ret_reply = &reply->base;
     return status;

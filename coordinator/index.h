@@ -249,6 +249,11 @@ size_t index_journal_take(struct index *index, struct index_journal_entry *ret_e
 void index_journal_add(struct index *index, char kind, const struct rk_id *id);
 void index_journal_clear(struct index *index); /* after loading */
 
+/* The address is left out when the node is down or NULL. */
+RK_MUST_CHECK enum rk_status index_drop_add(const struct index *index, struct index_drops *drops,
+                                            const struct rk_id *id, uint64_t generation,
+                                            uint32_t shard_index, const struct index_node *node,
+                                            int64_t now_ns);
 void index_drops_free(struct index_drops *drops);
 RK_MUST_CHECK enum rk_status index_ids_add(struct index_ids *ids, const struct rk_id *id);
 void index_ids_free(struct index_ids *ids);

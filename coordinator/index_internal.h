@@ -42,9 +42,6 @@ struct index {
 void index_location_clear(struct index *index, struct index_location *location,
                           enum location_state state);
 void index_segment_settle(struct index *index, struct index_segment *segment);
-enum rk_status index_drop_add(const struct index *index, struct index_drops *drops,
-                              const struct rk_id *id, uint64_t generation, uint32_t shard_index,
-                              const struct index_node *node, int64_t now_ns);
 void index_segment_free(struct index *index, struct index_segment *segment);
 
 /* ---- index_kin.c ---- */

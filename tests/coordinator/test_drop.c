@@ -282,6 +282,40 @@ static void bad_tags_are_refused(void **state)
         RK_ERR_INVALID);
 }
 
+/* A reader's word is of the copy that it read. */
+static void one_copy_of_one_generation(void **state)
+{
+    struct fixture *f = *state;
+    uint8_t segment_id[32] = {A};
+    Redknot__V1__DropRequest request = REDKNOT__V1__DROP_REQUEST__INIT;
+    Redknot__V1__DropRequest__Copy copy = REDKNOT__V1__DROP_REQUEST__COPY__INIT;
+    Redknot__V1__DropRequest__Copy *copies[1] = {&copy};
+    uint32_t dropped = 0;
+    uint64_t chains = 0;
+
+    join(f, 0, 11);
+    put_all(f);
+    copy.segment_id = bytes_of(segment_id);
+    copy.generation = generation_of(f, A) - 1;
+    copy.node_id = (char *)(uintptr_t)store_name(0);
+    request.n_copies = 1;
+    request.copies = copies;
+    drop_request(f, &request, &dropped, &chains); /* Read before it was stored again. */
+    copy.generation++;
+    copy.node_id = (char *)(uintptr_t)store_name(1);
+    drop_request(f, &request, &dropped, &chains); /* Another node's copy. */
+    expect_left(f, "123456");
+    assert_int_equal(atomic_load(&f->stores[0].drops), 0);
+    copy.node_id = (char *)(uintptr_t)store_name(0);
+    drop_request(f, &request, &dropped, &chains);
+    expect_left(f, ".23456");
+    expect(f, A, "MISS_EVICTED", true);
+    assert_int_equal(atomic_load(&f->stores[0].drops), 1);
+    assert_true(atomic_load(&f->stores[0].last_dropped) == copy.generation);
+    assert_true(put_from(f, A, A, 0, "") > copy.generation);
+    expect_left(f, "123456");
+}
+
 /* ---- Status ---- */
 
 static Redknot__V1__StatusReply *status_of(struct fixture *f,
@@ -382,6 +416,7 @@ int main(void)
         TEST(everything_at_once),
         TEST(a_store_that_was_not_told_announces),
         TEST(bad_tags_are_refused),
+        TEST(one_copy_of_one_generation),
         TEST(status_tells_kinds_and_leaves_ghosts_out),
         TEST(status_comes_in_pages),
     };

@@ -416,13 +416,12 @@ static enum rk_status compute(struct session *session, const struct recovery_pla
 }
 
 /* So that what is computed now can be stored in its place. */
-static void drop_bad_copy(struct session *session, const struct rk_id *id)
+static void drop_bad_copy(struct session *session, const struct rk_kv_location *location)
 {
-    uint32_t dropped = 0;
     struct rk_error error = {.text = ""};
     const struct rk_until until = {.deadline_ns =
                                        rk_deadline_in_ms(session->api->options.fetch_timeout_ms)};
-    if (rk_kv_drop(session->api->options.kv, id, 1, &until, &dropped, &error) != RK_OK) {
+    if (rk_kv_drop_copy(session->api->options.kv, location, NULL, &until, NULL, &error) != RK_OK) {
         RK_LOG_WARN("drop_failed", "reason=%q", error.text);
     }
 }
@@ -458,7 +457,7 @@ enum rk_status session_run(struct session *session, const struct session_run *ru
         count_miss(session, bad, location, RK_MISS_CHECKSUM);
         scheduler_job_release(session->job);
         session->job = NULL;
-        drop_bad_copy(session, &location->segment_id);
+        drop_bad_copy(session, location);
         status = RK_OK;
     }
     return status;
