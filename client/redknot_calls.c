@@ -1,6 +1,7 @@
 #include "client/redknot.h"
 #include "client/redknot_internal.h"
 #include "common/base/alloc.h"
+#include "common/base/text.h"
 #include "common/rpc/rpc.h"
 #include "common/transport/transport.h"
 

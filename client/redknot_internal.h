@@ -3,7 +3,6 @@
  *
  * redknot.c        the client: connections, the cluster, the choice of a worker
  * redknot_calls.c  put, generate, score and their messages
- * utf8.c           whole UTF-8 sequences out of a stream of bytes
  */
 #ifndef CLIENT_REDKNOT_INTERNAL_H
 #define CLIENT_REDKNOT_INTERNAL_H
@@ -16,18 +15,6 @@
 struct ProtobufCBinaryData;
 struct ProtobufCMessage;
 struct ProtobufCMessageDescriptor;
-
-#define RK_UTF8_CARRY_BYTES 4
-
-/* Cuts a stream of bytes between UTF-8 sequences. Zeroed is the start. */
-struct rk_utf8_carry {
-    uint8_t bytes[RK_UTF8_CARRY_BYTES];
-    size_t count;
-};
-
-/* How many of the bytes end with a whole sequence; the at most 3 behind them begin one that is
- * still open. Bytes that are no UTF-8 count as whole: they are not ours to drop. */
-size_t rk_utf8_whole(const uint8_t *bytes, size_t count);
 
 /* Takes each reply; keeps it when it sets *message to NULL. */
 typedef enum rk_status (*rk_reply_handler)(void *context, struct ProtobufCMessage **message,

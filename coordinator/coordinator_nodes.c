@@ -24,6 +24,9 @@ enum rk_status coordinator_register(struct coordinator *coordinator, struct aren
     struct index_node *node = NULL;
     enum rk_status status = record_check_node(info, error);
 
+    if (status == RK_OK) {
+        status = record_check_node_text(info, error);
+    }
     if (status != RK_OK) {
         return status;
     }

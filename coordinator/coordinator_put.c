@@ -2,6 +2,7 @@
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/log.h"
+#include "common/base/text.h"
 #include "common/rpc/origin_message.h"
 #include "coordinator/coordinator_internal.h"
 #include "coordinator/placement.h"
@@ -51,9 +52,10 @@ static enum rk_status check_place(const Redknot__V1__PlaceRequest *request,
         return rk_error_set(error, RK_ERR_INVALID, "%zu token_ids for %u tokens",
                             request->n_token_ids, request->num_tokens);
     }
-    if (strnlen(request->label, RECORD_LABEL_MAX + 1) > RECORD_LABEL_MAX) {
-        return rk_error_set(error, RK_ERR_TOO_LONG, "the label has more than %u bytes",
-                            RECORD_LABEL_MAX);
+    enum rk_status status = rk_text_check_name("the label", request->label, strlen(request->label),
+                                               RECORD_LABEL_MAX, error);
+    if (status != RK_OK) {
+        return status;
     }
     if (!rk_origin_message_read(request->origin, &plan.origin)) {
         return rk_error_set(error, RK_ERR_INVALID,

@@ -1,4 +1,5 @@
 /* redknot-coordinator: options, start, wait, stop. */
+#include "common/base/address.h"
 #include "common/base/log.h"
 #include "common/base/ports.h"
 #include "common/base/service.h"
@@ -81,10 +82,9 @@ static uint32_t parse_count(struct argp_state *state, const char *name, const ch
 
 static void check_address(struct argp_state *state, const char *name, const char *text)
 {
-    struct rk_address address;
     struct rk_error error;
 
-    if (rk_address_parse(text, &address, &error) != RK_OK) {
+    if (rk_address_check(text, RK_ADDRESS_LISTEN, &error) != RK_OK) {
         argp_error(state, "--%s: %s", name, error.text);
     }
 }

@@ -1,6 +1,8 @@
 #include "coordinator/record.h"
 
+#include "common/base/address.h"
 #include "common/base/alloc.h"
+#include "common/base/text.h"
 #include "common/rpc/origin_message.h"
 #include "coordinator/coordinator.h"
 
@@ -142,6 +144,34 @@ enum rk_status record_check_node(const Redknot__V1__NodeInfo *info, struct rk_er
         !text_fits(info->metrics_address, RECORD_ADDRESS_MAX) ||
         (info->fingerprint.len != 0 && !record_id(&info->fingerprint, &fingerprint))) {
         return rk_error_set(error, RK_ERR_INVALID, "node %s: a field is too long", info->node_id);
+    }
+    return RK_OK;
+}
+
+enum rk_status record_check_node_text(const Redknot__V1__NodeInfo *info, struct rk_error *error)
+{
+    const struct {
+        const char *what;
+        const char *text;
+        bool is_address;
+    } fields[] = {
+        {"node_id", info->node_id, false},        {"grpc_address", info->grpc_address, true},
+        {"ucx_address", info->ucx_address, true}, {"metrics_address", info->metrics_address, true},
+        {"host_id", info->host_id, false},        {"shm_socket", info->shm_socket, false},
+        {"version", info->version, false},        {"model", info->model, false},
+    };
+    for (size_t i = 0; i < sizeof(fields) / sizeof(fields[0]); i++) {
+        enum rk_status status = rk_text_check_name(fields[i].what, fields[i].text,
+                                                   strlen(fields[i].text), SIZE_MAX, error);
+        if (status == RK_OK && fields[i].is_address && fields[i].text[0] != '\0') {
+            status = rk_address_check(fields[i].text, RK_ADDRESS_CALL, error);
+            if (status != RK_OK) {
+                rk_error_prefix(error, "%s", fields[i].what);
+            }
+        }
+        if (status != RK_OK) {
+            return status;
+        }
     }
     return RK_OK;
 }

@@ -46,6 +46,10 @@ bool record_heads(const Redknot__V1__HeadRange *message, const struct rk_kv_layo
                   struct rk_head_range *ret_heads);
 RK_MUST_CHECK enum rk_status record_check_node(const Redknot__V1__NodeInfo *info,
                                                struct rk_error *error);
+/* Its texts are names, its addresses can be called. Asked of who registers; what an older version
+ * wrote to the database is kept. */
+RK_MUST_CHECK enum rk_status record_check_node_text(const Redknot__V1__NodeInfo *info,
+                                                    struct rk_error *error);
 RK_MUST_CHECK enum rk_status record_check_announced(
     const Redknot__V1__AnnounceRequest__Entry *entry, struct index_announced *ret_announced,
     struct rk_error *error);

@@ -1,11 +1,13 @@
 /* redknot-kvstore: one store node. */
 #include "kvstore/service_internal.h"
 
+#include "common/base/address.h"
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/log.h"
 #include "common/base/ports.h"
 #include "common/base/service.h"
+#include "common/base/text.h"
 
 #include <argp.h>
 #include <errno.h>
@@ -18,7 +20,6 @@
 
 #define STOP_GRACE_MS 2000
 #define PINS_WAIT_MS  2000
-#define ADDRESS_BYTES (RK_HOST_BYTES + 16)
 
 const char *argp_program_version = "redknot-kvstore " REDKNOT_VERSION;
 
@@ -99,11 +100,11 @@ static uint32_t count_or_usage(const char *text, uint32_t max, struct argp_state
     return (uint32_t)value;
 }
 
-static const char *address_or_usage(const char *text, struct argp_state *state)
+static const char *address_or_usage(const char *text, enum rk_address_use use,
+                                    struct argp_state *state)
 {
-    struct rk_address address;
     struct rk_error error;
-    if (rk_address_parse(text, &address, &error) != RK_OK) {
+    if (rk_address_check(text, use, &error) != RK_OK) {
         argp_error(state, "%s", error.text);
     }
     return text;
@@ -112,12 +113,13 @@ static const char *address_or_usage(const char *text, struct argp_state *state)
 static error_t parse_option(int key, char *value, struct argp_state *state)
 {
     struct settings *settings = state->input;
+    struct rk_error error;
     switch (key) {
     case OPTION_LISTEN:
-        settings->listen = address_or_usage(value, state);
+        settings->listen = address_or_usage(value, RK_ADDRESS_LISTEN, state);
         return 0;
     case OPTION_COORDINATOR:
-        settings->coordinator = address_or_usage(value, state);
+        settings->coordinator = address_or_usage(value, RK_ADDRESS_CALL, state);
         return 0;
     case OPTION_DRAM:
         settings->dram_bytes = size_or_usage(value, state);
@@ -129,19 +131,22 @@ static error_t parse_option(int key, char *value, struct argp_state *state)
         settings->shm_socket = value;
         return 0;
     case OPTION_UCX:
-        settings->ucx = value[0] ? address_or_usage(value, state) : value;
+        settings->ucx = value[0] ? address_or_usage(value, RK_ADDRESS_LISTEN, state) : value;
         return 0;
     case OPTION_METRICS:
-        settings->metrics = value[0] ? address_or_usage(value, state) : value;
+        settings->metrics = value[0] ? address_or_usage(value, RK_ADDRESS_LISTEN, state) : value;
         return 0;
     case OPTION_NODE_ID:
         settings->node_id = value;
-        if (value[0] == '\0' || strlen(value) > 255) {
+        if (value[0] == '\0') {
             argp_error(state, "--node-id must have 1 to 255 bytes");
+        }
+        if (rk_text_check_name("--node-id", value, strlen(value), 255, &error) != RK_OK) {
+            argp_error(state, "%s", error.text);
         }
         return 0;
     case OPTION_ADVERTISE:
-        settings->advertise = address_or_usage(value, state);
+        settings->advertise = address_or_usage(value, RK_ADDRESS_CALL, state);
         return 0;
     case OPTION_SHARDS_MAX:
         settings->shards_max = count_or_usage(value, 1u << 24, state);
@@ -257,33 +262,19 @@ struct process {
     char *node_id;
     uint64_t incarnation;
     char *shm_socket; /* "" when not served */
-    char advertise[ADDRESS_BYTES];
-    char metrics_address[ADDRESS_BYTES];
+    char advertise[RK_ADDRESS_BYTES];
+    char metrics_address[RK_ADDRESS_BYTES];
     struct kvstore *store;
     struct kvstore_service service;
     struct rk_rpc_server *rpc;
-    char ucx_listen[ADDRESS_BYTES];
-    char ucx_address[ADDRESS_BYTES]; /* for others; "" when not served */
+    char ucx_listen[RK_ADDRESS_BYTES];
+    char ucx_address[RK_ADDRESS_BYTES]; /* for others; "" when not served */
     struct rk_shm_server *shm;
     struct rk_ucx_server *ucx;
     struct rk_metrics_server *metrics;
     struct upkeep *upkeep;
     struct registrar *registrar;
 };
-
-static enum rk_status address_with_port(const char *listen, int port, char *ret_text,
-                                        struct rk_error *error)
-{
-    struct rk_address address;
-    enum rk_status status = rk_address_parse(listen, &address, error);
-    if (status != RK_OK) {
-        return status;
-    }
-    bool brackets = strchr(address.host, ':') != NULL;
-    snprintf(ret_text, ADDRESS_BYTES, "%s%s%s:%d", brackets ? "[" : "", address.host,
-             brackets ? "]" : "", port);
-    return RK_OK;
-}
 
 static enum rk_status names_make(struct process *process, struct rk_error *error)
 {
@@ -317,8 +308,8 @@ static enum rk_status process_bind(struct process *process, struct rk_error *err
         if (status != RK_OK) {
             return status;
         }
-        status = address_with_port(settings->metrics, rk_metrics_server_port(process->metrics),
-                                   process->metrics_address, error);
+        status = rk_address_with_port(settings->metrics, rk_metrics_server_port(process->metrics),
+                                      process->metrics_address, error);
         if (status != RK_OK) {
             return status;
         }
@@ -328,14 +319,15 @@ static enum rk_status process_bind(struct process *process, struct rk_error *err
         return RK_OK;
     }
     struct rk_address address;
-    if (settings->coordinator && rk_address_parse(settings->listen, &address, error) == RK_OK &&
-        (strcmp(address.host, "0.0.0.0") == 0 || strcmp(address.host, "::") == 0)) {
+    if (settings->coordinator &&
+        rk_address_parse(settings->listen, RK_ADDRESS_LISTEN, &address, error) == RK_OK &&
+        rk_address_is_any(&address)) {
         return rk_error_set(error, RK_ERR_INVALID,
                             "--listen %s is no address that others can call: give --advertise",
                             settings->listen);
     }
-    return address_with_port(settings->listen, rk_rpc_server_port(process->rpc), process->advertise,
-                             error);
+    return rk_address_with_port(settings->listen, rk_rpc_server_port(process->rpc),
+                                process->advertise, error);
 }
 
 /* Unless --ucx asks for it, a machine without UCX only lacks this path. */
@@ -348,7 +340,7 @@ static enum rk_status ucx_start(struct process *process, struct rk_error *error)
         return RK_OK;
     }
     if (!listen) {
-        status = address_with_port(settings->listen, 0, process->ucx_listen, error);
+        status = rk_address_with_port(settings->listen, 0, process->ucx_listen, error);
         listen = process->ucx_listen;
     }
     if (status != RK_OK) {
@@ -363,9 +355,10 @@ static enum rk_status ucx_start(struct process *process, struct rk_error *error)
         RK_LOG_WARN("ucx_not_served", "reason=%q", error ? error->text : "");
         return RK_OK;
     }
-    return status == RK_OK ? address_with_port(process->advertise, rk_ucx_server_port(process->ucx),
-                                               process->ucx_address, error)
-                           : status;
+    return status == RK_OK
+               ? rk_address_with_port(process->advertise, rk_ucx_server_port(process->ucx),
+                                      process->ucx_address, error)
+               : status;
 }
 
 static enum rk_status process_store(struct process *process, struct rk_error *error)

@@ -1,10 +1,12 @@
 /* redknot-worker: arguments, start in order, wait for a signal, stop in reverse. */
 #include "client/kv_client.h"
+#include "common/base/address.h"
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/log.h"
 #include "common/base/ports.h"
 #include "common/base/service.h"
+#include "common/base/text.h"
 #include "common/metrics/metrics.h"
 #include "common/rpc/rpc.h"
 #include "worker/api/api.h"
@@ -63,7 +65,8 @@ static const struct argp_option argp_options[] = {
     {"advertise", KEY_ADVERTISE, "HOST:PORT", 0,
      "Address that others reach this worker at (the one it listens on)", 0},
     {"coordinator", 'c', "HOST:PORT", 0, "Coordinator; without it nothing is cached", 0},
-    {"metrics", KEY_METRICS, "HOST:PORT", 0, "Metrics address (" RK_METRICS_WORKER ")", 0},
+    {"metrics", KEY_METRICS, "HOST:PORT", 0, "Metrics address; empty: none (" RK_METRICS_WORKER ")",
+     0},
     {"node-id", KEY_NODE_ID, "ID", 0, "Name in the cluster (worker-<host>-<random>)", 0},
     {"threads", 't', "N", 0, "Threads of the engine (all cores)", 0},
     {"mode", KEY_MODE, "bf16|f32", 0, "Precision (bf16 where the CPU is fast at it)", 0},
@@ -94,6 +97,40 @@ static uint32_t parse_number(struct argp_state *state, const char *name, const c
     return (uint32_t)value;
 }
 
+static const char *parse_address(struct argp_state *state, const char *name, const char *text,
+                                 enum rk_address_use use)
+{
+    struct rk_error error;
+    if (rk_address_check(text, use, &error) != RK_OK) {
+        argp_error(state, "%s: %s", name, error.text);
+    }
+    return text;
+}
+
+static const char *parse_node_id(struct argp_state *state, const char *text)
+{
+    struct rk_error error;
+    if (text[0] == '\0') {
+        argp_error(state, "--node-id must have 1 to 255 bytes");
+    }
+    if (rk_text_check_name("--node-id", text, strlen(text), 255, &error) != RK_OK) {
+        argp_error(state, "%s", error.text);
+    }
+    return text;
+}
+
+/* What others are told must be an address that they can call. */
+static void check_advertised(struct argp_state *state, const struct arguments *arguments)
+{
+    struct rk_address address;
+    if (arguments->coordinator && !arguments->advertise &&
+        rk_address_parse(arguments->listen, RK_ADDRESS_LISTEN, &address, NULL) == RK_OK &&
+        rk_address_is_any(&address)) {
+        argp_error(state, "--listen %s is no address that others can call: give --advertise",
+                   arguments->listen);
+    }
+}
+
 static error_t parse_option(int key, char *text, struct argp_state *state)
 {
     struct arguments *arguments = state->input;
@@ -102,22 +139,23 @@ static error_t parse_option(int key, char *text, struct argp_state *state)
         arguments->model = text;
         break;
     case 'c':
-        arguments->coordinator = text;
+        arguments->coordinator = parse_address(state, "--coordinator", text, RK_ADDRESS_CALL);
         break;
     case 't':
         arguments->threads = parse_number(state, "--threads", text, 1, 1024);
         break;
     case KEY_LISTEN:
-        arguments->listen = text;
+        arguments->listen = parse_address(state, "--listen", text, RK_ADDRESS_LISTEN);
         break;
     case KEY_ADVERTISE:
-        arguments->advertise = text;
+        arguments->advertise = parse_address(state, "--advertise", text, RK_ADDRESS_CALL);
         break;
     case KEY_METRICS:
-        arguments->metrics = text;
+        arguments->metrics =
+            text[0] ? parse_address(state, "--metrics", text, RK_ADDRESS_LISTEN) : text;
         break;
     case KEY_NODE_ID:
-        arguments->node_id = text;
+        arguments->node_id = parse_node_id(state, text);
         break;
     case KEY_HEAD_MAP:
         arguments->head_map = text;
@@ -152,6 +190,9 @@ static error_t parse_option(int key, char *text, struct argp_state *state)
     case ARGP_KEY_ARG:
         argp_error(state, "unexpected argument \"%s\"", text);
         break;
+    case ARGP_KEY_END:
+        check_advertised(state, arguments);
+        break;
     default:
         return ARGP_ERR_UNKNOWN;
     }
@@ -185,8 +226,8 @@ struct worker {
     struct rk_id fingerprint;
     uint64_t incarnation;
     char *node_id;
-    char *address;
-    char *metrics_address;
+    char address[RK_ADDRESS_BYTES];
+    char metrics_address[RK_ADDRESS_BYTES]; /* "" when not served */
     char model_name[64];
     enum kernels_mode mode;
 };
@@ -253,14 +294,6 @@ static enum rk_status connect_cluster(struct worker *worker, const struct argume
     return rk_kv_client_create(&options, &worker->kv, error);
 }
 
-/* "host:port" with the port that was really bound. */
-static char *bound_address(const char *listen, int port)
-{
-    const char *colon = strrchr(listen, ':');
-    int host = colon ? (int)(colon - listen) : (int)strlen(listen);
-    return rk_alloc_format("%.*s:%d", host, listen, port);
-}
-
 static enum rk_status start_serving(struct worker *worker, const struct arguments *arguments,
                                     struct rk_error *error)
 {
@@ -289,7 +322,7 @@ static enum rk_status start_serving(struct worker *worker, const struct argument
         options.scheduler = worker->scheduler;
         status = api_create(&options, &worker->api, error);
     }
-    if (status == RK_OK) {
+    if (status == RK_OK && arguments->metrics[0] != '\0') {
         status = rk_metrics_server_start(arguments->metrics, &worker->metrics, error);
     }
     if (status == RK_OK) {
@@ -307,13 +340,19 @@ static enum rk_status start_serving(struct worker *worker, const struct argument
 static enum rk_status join_cluster(struct worker *worker, const struct arguments *arguments,
                                    struct rk_error *error)
 {
-    worker->address = arguments->advertise
-                          ? rk_alloc_string(arguments->advertise)
-                          : bound_address(arguments->listen, rk_rpc_server_port(worker->server));
-    worker->metrics_address =
-        bound_address(arguments->metrics, rk_metrics_server_port(worker->metrics));
-    if (!worker->address || !worker->metrics_address) {
-        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for an address");
+    enum rk_status status = RK_OK;
+    if (arguments->advertise) {
+        (void)snprintf(worker->address, sizeof(worker->address), "%s", arguments->advertise);
+    } else {
+        status = rk_address_with_port(arguments->listen, rk_rpc_server_port(worker->server),
+                                      worker->address, error);
+    }
+    if (status == RK_OK && worker->metrics) {
+        status = rk_address_with_port(arguments->metrics, rk_metrics_server_port(worker->metrics),
+                                      worker->metrics_address, error);
+    }
+    if (status != RK_OK) {
+        return status;
     }
     RK_LOG_INFO("serving", "address=%s metrics=%s node=%s", worker->address,
                 worker->metrics_address, worker->node_id);
@@ -347,8 +386,6 @@ static void stop_all(struct worker *worker)
     tokenizer_destroy(worker->tokenizer);
     engine_destroy(worker->engine);
     rk_free(worker->node_id);
-    rk_free(worker->address);
-    rk_free(worker->metrics_address);
 }
 
 static enum rk_status start_all(struct worker *worker, const struct arguments *arguments,

@@ -1,6 +1,7 @@
 #include "client/cli/cli_internal.h"
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
+#include "common/base/text.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -292,34 +293,6 @@ void cli_client_close(struct rk_client *client)
 
 /* ---- Files ---- */
 
-static bool utf8_valid(const unsigned char *text, size_t bytes)
-{
-    for (size_t i = 0; i < bytes;) {
-        unsigned char lead = text[i];
-        size_t more = 0;
-        uint32_t point = lead;
-        if (lead >= 0x80) {
-            more = lead >= 0xF0 ? 3 : lead >= 0xE0 ? 2 : 1;
-            point = lead & (0x3Fu >> more);
-            if (lead < 0xC2 || lead > 0xF4 || more > bytes - i - 1) {
-                return false;
-            }
-        }
-        for (size_t j = 1; j <= more; j++) {
-            if ((text[i + j] & 0xC0) != 0x80) {
-                return false;
-            }
-            point = point << 6 | (text[i + j] & 0x3F);
-        }
-        static const uint32_t least[] = {0, 0x80, 0x800, 0x10000};
-        if (point < least[more] || point > 0x10FFFF || (point >= 0xD800 && point < 0xE000)) {
-            return false;
-        }
-        i += more + 1;
-    }
-    return true;
-}
-
 static enum rk_status check_text(const char *path, const char *text, size_t bytes,
                                  struct rk_error *error)
 {
@@ -327,7 +300,7 @@ static enum rk_status check_text(const char *path, const char *text, size_t byte
         return rk_error_set(error, RK_ERR_INVALID,
                             "%s: it holds a NUL byte, so it is no text; give a text file", path);
     }
-    if (!utf8_valid((const unsigned char *)text, bytes)) {
+    if (!rk_utf8_valid(text, bytes)) {
         return rk_error_set(error, RK_ERR_INVALID,
                             "%s: it is not UTF-8; convert it, for example with iconv", path);
     }

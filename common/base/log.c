@@ -1,5 +1,7 @@
 #include "common/base/log.h"
 
+#include "common/base/text.h"
+
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -44,16 +46,24 @@ static void put_char(struct line *line, char c)
 static void put_quoted(struct line *line, const char *text)
 {
     put_char(line, '"');
-    for (const char *p = text ? text : "(null)"; *p; p++) {
-        unsigned char c = (unsigned char)*p;
-        if (c == '"' || c == '\\') {
+    for (const char *p = text ? text : "(null)"; *p;) {
+        size_t character = rk_text_name_character(p, 4);
+        if (*p == '"' || *p == '\\') {
             put_char(line, '\\');
-            put_char(line, (char)c);
-        } else if (c == '\n') {
+            put_char(line, *p++);
+        } else if (*p == '\n') {
             put_char(line, '\\');
             put_char(line, 'n');
+            p++;
+        } else if (character == 0) {
+            put_char(line, '?');
+            p++;
+        } else if (line->used + character < sizeof(line->text)) {
+            memcpy(line->text + line->used, p, character);
+            line->used += character;
+            p += character;
         } else {
-            put_char(line, c < 0x20 || c == 0x7f ? '?' : (char)c);
+            break; /* Half a character is none. */
         }
     }
     put_char(line, '"');
@@ -78,6 +88,31 @@ __attribute__((format(printf, 2, 3))) static void put_text(struct line *line, co
     va_end(args);
 }
 
+/* A value that is one word as it stands: no quotes are needed. */
+static bool is_word(const char *text)
+{
+    while (*text != '\0') {
+        size_t character = rk_text_name_character(text, 4);
+        if (character == 0 || *text == ' ' || *text == '"') {
+            return false;
+        }
+        text += character;
+    }
+    return true;
+}
+
+/* Also where the caller believed that a text was one of ours: an id that a peer chose must not
+ * forge a line or a field. */
+static void put_string(struct line *line, const char *conversion, const char *text)
+{
+    bool plain = strcmp(conversion, "%s") == 0;
+    if (plain && (!text || !is_word(text))) {
+        put_quoted(line, text);
+    } else {
+        put_text(line, conversion, text);
+    }
+}
+
 /* One conversion of printf, copied out of format, so that %q can stand among them. */
 static const char *put_conversion(struct line *line, const char *format, va_list *args)
 {
@@ -99,7 +134,7 @@ static const char *put_conversion(struct line *line, const char *format, va_list
         int length_max = va_arg(*args, int);
         put_text(line, one, length_max, va_arg(*args, const char *));
     } else if (kind == 's') {
-        put_text(line, one, va_arg(*args, const char *));
+        put_string(line, one, va_arg(*args, const char *));
     } else if (kind == 'p') {
         put_text(line, one, va_arg(*args, void *));
     } else if (strchr("fge", kind)) {

@@ -4,7 +4,8 @@
  *   RK_LOG_WARN("store_unreachable", "node=%s address=%s reason=%q", id, address, text)
  *
  * %q is ours: a string as a quoted, escaped value, so that text from outside
- * cannot forge a line. Everything else is printf. Secrets are never logged.
+ * cannot forge a line. %s is quoted as well when it is not one printable word.
+ * Everything else is printf. Secrets are never logged.
  *
  * Threads: any; a line is written with one write(2).
  */

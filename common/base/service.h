@@ -17,14 +17,6 @@
 
 #include <stdint.h>
 
-#define RK_HOST_BYTES 256 /* with the final NUL; a DNS name has at most 253 characters */
-
-/* Where to listen or whom to call. */
-struct rk_address {
-    char host[RK_HOST_BYTES]; /* name, IPv4 or IPv6 without its brackets; never empty */
-    uint16_t port;            /* 0: when listening, any free one */
-};
-
 /*
  * Blocks SIGTERM and SIGINT, so that all threads started later inherit that and
  * only rk_service_wait() takes them; ignores SIGPIPE, for a lost peer is a status
@@ -56,9 +48,5 @@ uint64_t rk_service_incarnation(void);
  */
 RK_MUST_CHECK enum rk_status rk_size_parse(const char *text, uint64_t *ret_bytes,
                                            struct rk_error *error);
-
-/* "127.0.0.1:9101", "store-3.example:7000", "[::1]:7000". RK_ERR_INVALID says what is wrong. */
-RK_MUST_CHECK enum rk_status rk_address_parse(const char *text, struct rk_address *ret_address,
-                                              struct rk_error *error);
 
 #endif

@@ -2,6 +2,7 @@
 
 #include "common/base/alloc.h"
 #include "common/base/log.h"
+#include "common/base/text.h"
 #include "common/metrics/metrics_internal.h"
 #include "common/metrics/text_internal.h"
 
@@ -225,7 +226,7 @@ bool rk_metric_label_put(char *labels, size_t labels_bytes, const char *name, co
         goto too_long;
     }
     for (const char *p = value; *p;) {
-        size_t bytes = text_utf8_bytes(p);
+        size_t bytes = rk_utf8_character(p, 4);
         bool escaped = *p == '\\' || *p == '"' || *p == '\n';
         size_t wanted = escaped ? 2 : bytes ? bytes : 1;
         if (labels_bytes - used < wanted + 2) {

@@ -1,6 +1,6 @@
+#include "common/base/address.h"
 #include "common/base/alloc.h"
 #include "common/base/log.h"
-#include "common/base/service.h"
 #include "common/metrics/metrics.h"
 #include "common/metrics/metrics_internal.h"
 
@@ -134,7 +134,7 @@ static enum rk_status listen_at(const char *text, int *ret_fd, struct rk_error *
     char port[8];
     struct addrinfo *info = NULL;
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICSERV | AI_PASSIVE};
-    enum rk_status status = rk_address_parse(text, &address, error);
+    enum rk_status status = rk_address_parse(text, RK_ADDRESS_LISTEN, &address, error);
 
     if (status != RK_OK) {
         return status;

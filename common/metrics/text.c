@@ -1,6 +1,7 @@
 #include "common/metrics/text_internal.h"
 
 #include "common/base/alloc.h"
+#include "common/base/text.h"
 
 #include <math.h>
 #include <stdint.h>
@@ -88,27 +89,6 @@ bool text_is_name(const char *name, size_t length, bool colon)
     return length > 0;
 }
 
-size_t text_utf8_bytes(const char *p)
-{
-    const unsigned char *b = (const unsigned char *)p;
-    size_t bytes = b[0] < 0x80                    ? 1
-                   : b[0] >= 0xc2 && b[0] <= 0xdf ? 2
-                   : b[0] >= 0xe0 && b[0] <= 0xef ? 3
-                   : b[0] >= 0xf0 && b[0] <= 0xf4 ? 4
-                                                  : 0;
-    for (size_t i = 1; i < bytes; i++) {
-        if ((b[i] & 0xc0) != 0x80) { /* also ends at the NUL */
-            return 0;
-        }
-    }
-    /* Overlong forms, surrogates and what lies above U+10FFFF. */
-    if ((b[0] == 0xe0 && b[1] < 0xa0) || (b[0] == 0xed && b[1] > 0x9f) ||
-        (b[0] == 0xf0 && b[1] < 0x90) || (b[0] == 0xf4 && b[1] > 0x8f)) {
-        return 0;
-    }
-    return bytes;
-}
-
 /* The end of a quoted, escaped value that begins at p; NULL when it is malformed. */
 static const char *skip_value(const char *p)
 {
@@ -116,7 +96,7 @@ static const char *skip_value(const char *p)
         return NULL;
     }
     while (*p != '"') {
-        size_t bytes = text_utf8_bytes(p);
+        size_t bytes = rk_utf8_character(p, 4);
         if (*p == '\0' || *p == '\n' || bytes == 0) {
             return NULL;
         }

@@ -29,7 +29,5 @@ char *text_take(struct text *text);
 bool text_is_name(const char *name, size_t length, bool colon);
 /* name="value",name="value" with all values escaped. */
 bool text_is_labels(const char *labels);
-/* Bytes of the UTF-8 character at p, 1 to 4; 0 when it is not one. */
-size_t text_utf8_bytes(const char *p);
 
 #endif

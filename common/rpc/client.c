@@ -1,5 +1,7 @@
+#include "common/base/address.h"
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
+#include "common/base/text.h"
 #include "common/rpc/rpc_internal.h"
 
 #include <grpc/grpc_security.h>
@@ -40,10 +42,9 @@ static grpc_channel *channel_open(const char *address)
 enum rk_status rk_rpc_channel_create(const char *address, struct rk_rpc_channel **ret_channel,
                                      struct rk_error *error)
 {
-    const char *colon = strrchr(address, ':');
-    if (!colon || colon == address || colon[1] == '\0') {
-        return rk_error_set(error, RK_ERR_INVALID, "address \"%s\" is not of the form host:port",
-                            address);
+    enum rk_status status = rk_address_check(address, RK_ADDRESS_CALL, error);
+    if (status != RK_OK) {
+        return status;
     }
     struct rk_rpc_channel *channel = rk_alloc_zero(1, sizeof(*channel));
     char *copy = rk_alloc_string(address);
@@ -95,7 +96,7 @@ enum rk_status rpc_call_outcome(const struct rk_rpc_channel *channel, const char
 {
     char text[sizeof(error->text)];
     rpc_slice_to_text(message, text, sizeof(text));
-    rpc_text_clean(text); /* It comes from the peer. */
+    rk_text_clean(text); /* It comes from the peer. */
     bool from_peer = false;
     enum rk_status status = rpc_status_from_wire(code, trailer, text, &from_peer);
     if (status == RK_OK) {

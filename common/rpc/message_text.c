@@ -3,6 +3,7 @@
  * lengths, so what follows a NUL would be dropped without a word. This walks the packed bytes by
  * the message's descriptor instead, before they are unpacked.
  */
+#include "common/base/text.h"
 #include "common/rpc/rpc_internal.h"
 
 #include <protobuf-c/protobuf-c.h>
@@ -41,39 +42,6 @@ static bool wire_varint(struct wire *wire, uint64_t *ret_value)
     return false;
 }
 
-/* Bytes of the UTF-8 sequence that begins here, 0: none does (Unicode 15, table 3-7). */
-static size_t sequence_bytes(const uint8_t *p, size_t left)
-{
-    uint8_t low = 0x80;
-    uint8_t high = 0xbf;
-    size_t bytes;
-    if (p[0] < 0x80) {
-        return 1;
-    }
-    if (p[0] >= 0xc2 && p[0] <= 0xdf) {
-        bytes = 2;
-    } else if (p[0] >= 0xe0 && p[0] <= 0xef) {
-        bytes = 3;
-        low = p[0] == 0xe0 ? 0xa0 : low;   /* no longer than needed */
-        high = p[0] == 0xed ? 0x9f : high; /* no surrogate */
-    } else if (p[0] >= 0xf0 && p[0] <= 0xf4) {
-        bytes = 4;
-        low = p[0] == 0xf0 ? 0x90 : low;
-        high = p[0] == 0xf4 ? 0x8f : high;
-    } else {
-        return 0;
-    }
-    if (left < bytes || p[1] < low || p[1] > high) {
-        return 0;
-    }
-    for (size_t i = 2; i < bytes; i++) {
-        if (p[i] < 0x80 || p[i] > 0xbf) {
-            return 0;
-        }
-    }
-    return bytes;
-}
-
 static enum rk_status check_string(const ProtobufCMessageDescriptor *type,
                                    const ProtobufCFieldDescriptor *field, const uint8_t *text,
                                    size_t bytes, struct rk_error *error)
@@ -86,7 +54,7 @@ static enum rk_status check_string(const ProtobufCMessageDescriptor *type,
                             field->name, type->short_name, (size_t)(nul - text));
     }
     for (size_t at = 0; at < bytes;) {
-        size_t sequence = sequence_bytes(text + at, bytes - at);
+        size_t sequence = rk_utf8_character(text + at, bytes - at);
         if (sequence == 0) {
             return rk_error_set(error, RK_ERR_INVALID,
                                 "%s of %s is not UTF-8: byte 0x%02x at byte %zu; convert it",

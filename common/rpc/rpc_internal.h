@@ -122,8 +122,6 @@ grpc_status_code rpc_status_to_code(enum rk_status status);
 /* RK_OK if and only if code is. trailer may be NULL. */
 enum rk_status rpc_status_from_wire(grpc_status_code code, const grpc_metadata_array *trailer,
                                     const char *message, bool *ret_from_peer);
-/* Replaces control characters and what is not UTF-8, in place. */
-void rpc_text_clean(char *text);
 /* Copies a slice as text, cut to the room there is. */
 void rpc_slice_to_text(const grpc_slice *slice, char *ret_text, size_t text_bytes);
 

@@ -1,5 +1,6 @@
 #include "common/rpc/server_internal.h"
 
+#include "common/base/address.h"
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/log.h"
@@ -181,33 +182,18 @@ static void server_shut(struct rpc_event *event, bool ok)
     pthread_mutex_unlock(&server->sync.mutex);
 }
 
-/* gRPC takes an address without a port as port 443; here a port is always meant. */
-static bool address_has_port(const char *address)
-{
-    const char *colon = strrchr(address, ':');
-    bool has = colon && colon[1] != '\0' && strlen(colon + 1) <= 5;
-    for (const char *at = colon ? colon + 1 : ""; *at != '\0'; at++) {
-        has = has && *at >= '0' && *at <= '9';
-    }
-    return has && strtoul(colon + 1, NULL, 10) <= 65535;
-}
-
 /* gRPC tells why only to its log, so the same bind is tried once more by hand. */
 static const char *bind_failure(const char *address)
 {
-    char host[256];
-    const char *colon = strrchr(address, ':');
-    if (!colon || (size_t)(colon - address) >= sizeof(host)) {
+    struct rk_address parsed;
+    char port[8];
+    if (rk_address_parse(address, RK_ADDRESS_LISTEN, &parsed, NULL) != RK_OK) {
         return "not of the form host:port";
     }
-    size_t host_bytes = (size_t)(colon - address);
-    bool bracketed = host_bytes >= 2 && address[0] == '[' && colon[-1] == ']';
-    memcpy(host, address + (bracketed ? 1 : 0), host_bytes - (bracketed ? 2 : 0));
-    host[host_bytes - (bracketed ? 2 : 0)] = '\0';
-
+    (void)snprintf(port, sizeof(port), "%u", parsed.port);
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE};
     struct addrinfo *found = NULL;
-    int failure = getaddrinfo(host[0] != '\0' ? host : NULL, colon + 1, &hints, &found);
+    int failure = getaddrinfo(parsed.host, port, &hints, &found);
     if (failure != 0) {
         return gai_strerror(failure);
     }
@@ -241,9 +227,9 @@ static enum rk_status server_bind(struct rk_rpc_server *server, const char *addr
     grpc_arg args[sizeof(settings) / sizeof(settings[0])];
     rpc_settings_fill(settings, sizeof(settings) / sizeof(settings[0]), args);
     grpc_channel_args all = {.num_args = sizeof(args) / sizeof(args[0]), .args = args};
-    if (!address_has_port(address)) {
-        return rk_error_set(error, RK_ERR_IO, "cannot listen on \"%s\": not of the form host:port",
-                            address);
+    if (rk_address_check(address, RK_ADDRESS_LISTEN, error) != RK_OK) {
+        rk_error_prefix(error, "cannot listen on \"%s\"", address);
+        return RK_ERR_IO;
     }
     server->server = grpc_server_create(&all, NULL);
     if (!server->server) {

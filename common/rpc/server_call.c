@@ -2,6 +2,7 @@
 
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
+#include "common/base/text.h"
 
 #include <stdio.h>
 
@@ -281,7 +282,7 @@ void rpc_call_end(struct rk_rpc_call *call, enum rk_status status, const char *t
                        text[0] != '\0'         ? text
                        : call->refusal.text[0] ? call->refusal.text
                                                : rk_status_text(status));
-        rpc_text_clean(message);
+        rk_text_clean(message);
     }
     grpc_slice details = grpc_slice_from_copied_string(message);
     grpc_metadata trailer = {.key = grpc_slice_from_static_string(RPC_STATUS_KEY),

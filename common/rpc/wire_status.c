@@ -93,38 +93,6 @@ enum rk_status rpc_status_from_wire(grpc_status_code code, const grpc_metadata_a
     return status_from_code(code, message);
 }
 
-/* Bytes of the UTF-8 character at text, 0 when it is none that may stand in a status message. */
-static size_t text_character(const unsigned char *text)
-{
-    if (text[0] < 0x80) {
-        return text[0] >= 0x20 && text[0] != 0x7f ? 1 : 0;
-    }
-    size_t bytes = text[0] >= 0xc2 && text[0] <= 0xdf   ? 2
-                   : text[0] >= 0xe0 && text[0] <= 0xef ? 3
-                   : text[0] >= 0xf0 && text[0] <= 0xf4 ? 4
-                                                        : 0;
-    for (size_t i = 1; i < bytes; i++) {
-        if ((text[i] & 0xc0) != 0x80) {
-            return 0; /* Also stops at the final NUL. */
-        }
-    }
-    bool overlong = (text[0] == 0xe0 && text[1] < 0xa0) || (text[0] == 0xf0 && text[1] < 0x90);
-    bool outside = (text[0] == 0xed && text[1] > 0x9f) || (text[0] == 0xf4 && text[1] > 0x8f);
-    return overlong || outside ? 0 : bytes;
-}
-
-void rpc_text_clean(char *text)
-{
-    while (*text != '\0') {
-        size_t bytes = text_character((const unsigned char *)text);
-        if (bytes == 0) {
-            *text = '?';
-            bytes = 1;
-        }
-        text += bytes;
-    }
-}
-
 void rpc_slice_to_text(const grpc_slice *slice, char *ret_text, size_t text_bytes)
 {
     size_t bytes = GRPC_SLICE_LENGTH(*slice);

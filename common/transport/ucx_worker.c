@@ -1,7 +1,7 @@
 #include "common/transport/ucx_internal.h"
 
+#include "common/base/address.h"
 #include "common/base/clock.h"
-#include "common/base/service.h"
 
 #include <arpa/inet.h>
 #include <dlfcn.h>
@@ -80,7 +80,7 @@ enum rk_status ucx_address_resolve(const char *text, struct ucx_address *ret_add
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM};
     struct addrinfo *found = NULL;
     char port[16];
-    enum rk_status status = rk_address_parse(text, &address, error);
+    enum rk_status status = rk_address_parse(text, RK_ADDRESS_LISTEN, &address, error);
     if (status != RK_OK) {
         return status;
     }

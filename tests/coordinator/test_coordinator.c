@@ -589,6 +589,51 @@ static void garbage_is_refused(void **state)
     rk_rpc_message_free(reply);
 }
 
+/* Node ids, addresses and labels come back in tables, logs and metrics. */
+static void names_that_are_none_are_refused(void **state)
+{
+    static const struct {
+        const char *node_id;
+        const char *address;
+        const char *reason;
+    } nodes[] = {
+        {"a\nb", "127.0.0.1:9", "node_id: byte 1 (0x0a) is a control character"},
+        {"\x1b[31m", "127.0.0.1:9", "node_id: byte 0 (0x1b) is a control character"},
+        {"a", "127.0.0.1:99999", "grpc_address: address '127.0.0.1:99999'"},
+        {"a", "127.0.0.1:0", "from 1 to 65535"},
+        {"a", "junk", "grpc_address: address 'junk': no port"},
+    };
+    static const char *const labels[] = {"a\nb", "\x1b]0;x\x07",
+                                         "\xe2\x80\xae"
+                                         "fdp.exe"};
+    struct fixture *f = *state;
+    ProtobufCMessage *reply = NULL;
+
+    for (size_t i = 0; i < sizeof(nodes) / sizeof(nodes[0]); i++) {
+        Redknot__V1__NodeInfo info = REDKNOT__V1__NODE_INFO__INIT;
+        Redknot__V1__RegisterRequest request = REDKNOT__V1__REGISTER_REQUEST__INIT;
+        info.node_id = (char *)(uintptr_t)nodes[i].node_id;
+        info.grpc_address = (char *)(uintptr_t)nodes[i].address;
+        info.role = REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE;
+        info.incarnation = 7;
+        request.node = &info;
+        assert_int_equal(call(f, M("RegisterNode"), &request.base,
+                              &redknot__v1__register_reply__descriptor, &reply),
+                         RK_ERR_INVALID);
+        if (!strstr(f->last_error, nodes[i].reason)) {
+            fail_msg("row %zu: %s", i, f->last_error);
+        }
+    }
+    join(f, 0, 11);
+    for (size_t i = 0; i < sizeof(labels) / sizeof(labels[0]); i++) {
+        Redknot__V1__PlaceReply *placed = NULL;
+        f->label = labels[i];
+        assert_int_equal(place(f, 1, 10, &placed), RK_ERR_INVALID);
+        assert_non_null(strstr(f->last_error, "the label: byte "));
+    }
+    f->label = NULL;
+}
+
 static void status_tells_nodes_and_segments(void **state)
 {
     struct fixture *f = *state;
@@ -653,6 +698,7 @@ int main(void)
         TEST(abort_frees_the_place),
         TEST(segments_are_bounded),
         TEST(garbage_is_refused),
+        TEST(names_that_are_none_are_refused),
         TEST(status_tells_nodes_and_segments),
         TEST(a_second_coordinator_is_refused),
     };

@@ -261,6 +261,31 @@ static void unreadable_files(void **state)
     wrapper = "";
 }
 
+/* A port that is cut to 16 bits is somebody else's; what others are told, they must be able to
+ * call. */
+static void bad_addresses(void **state)
+{
+    (void)state;
+    static const struct bad_case cases[] = {
+        {"redknot-worker --coordinator 127.0.0.1:99999", 2, "--coordinator: address"},
+        {"redknot-worker --listen 127.0.0.1:65536", 2, "--listen: address"},
+        {"redknot-worker --metrics 127.0.0.1:65536", 2, "--metrics: address"},
+        {"redknot-worker --advertise junk", 2, "--advertise: address"},
+        {"redknot-worker --advertise 127.0.0.1:0", 2, "from 1 to 65535"},
+        {"redknot-worker --listen 0.0.0.0:0 --coordinator $SPARE", 2, "give --advertise"},
+        {"redknot-worker --node-id \"$(printf 'a\\033b')\"", 2, "control character"},
+        {"redknot-kvstore --coordinator 127.0.0.1:0", 2, "from 1 to 65535"},
+        {"redknot-kvstore --advertise 127.0.0.1:99999", 2, "from 1 to 65535"},
+        {"redknot-kvstore --node-id \"$(printf 'a\\033b')\"", 2, "control character"},
+        {"redknot-coordinator --listen 127.0.0.1:99999", 2, "from 0 to 65535"},
+    };
+    static const struct bad_case by_environment[] = {
+        {"redknot status", 1, "address '127.0.0.1:99999'"},
+    };
+    CHECK(spare, cases);
+    CHECK("127.0.0.1:99999", by_environment);
+}
+
 static void taken_addresses(void **state)
 {
     (void)state;
@@ -363,9 +388,10 @@ static void bad_requests(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(bad_models),      cmocka_unit_test(unreadable_files),
-        cmocka_unit_test(taken_addresses), cmocka_unit_test(bad_machines),
-        cmocka_unit_test(no_cluster),      cmocka_unit_test(bad_requests),
+        cmocka_unit_test(bad_models),    cmocka_unit_test(unreadable_files),
+        cmocka_unit_test(bad_addresses), cmocka_unit_test(taken_addresses),
+        cmocka_unit_test(bad_machines),  cmocka_unit_test(no_cluster),
+        cmocka_unit_test(bad_requests),
     };
     return test_exit_code(cmocka_run_group_tests(tests, make_files, remove_files));
 }

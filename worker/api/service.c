@@ -3,6 +3,7 @@
 
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
+#include "common/base/text.h"
 #include "common/rpc/rpc.h"
 #include "redknot/v1/worker.pb-c.h"
 
@@ -11,6 +12,7 @@
 
 #define GENERATE_TOKENS_DEFAULT 128
 #define TEXT_BYTES_MAX          (32u << 20)
+#define LABEL_BYTES_MAX         4096u /* as the coordinator */
 
 /* ---- From the wire ---- */
 
@@ -53,6 +55,12 @@ static enum rk_status input_tokens(const struct api *api, const Redknot__V1__Seg
 static enum rk_status add_input(struct session *session, const Redknot__V1__SegmentInput *input,
                                 struct rk_error *error)
 {
+    /* It comes back in reports, tables and logs. */
+    enum rk_status status =
+        rk_text_check_name("the label", input->label, strlen(input->label), LABEL_BYTES_MAX, error);
+    if (status != RK_OK) {
+        return status;
+    }
     if (input->content_case == REDKNOT__V1__SEGMENT_INPUT__CONTENT_SEGMENT_ID) {
         struct rk_id id;
         if (input->segment_id.len != sizeof(id.bytes)) {
@@ -65,7 +73,7 @@ static enum rk_status add_input(struct session *session, const Redknot__V1__Segm
     char what[32];
     (void)snprintf(what, sizeof(what), "segment %u", session->num_segments);
     struct tokenizer_ids ids = {0};
-    enum rk_status status = input_tokens(session->api, input, what, &ids, error);
+    status = input_tokens(session->api, input, what, &ids, error);
     return status == RK_OK ? session_add_segment(session, ids.data, ids.count, input->label, error)
                            : status;
 }

@@ -87,6 +87,29 @@ static void quoted_text_cannot_forge_a_line(void **state)
     assert_non_null(strstr(text, "reason=\"(null)\"\n"));
 }
 
+static void speak_ids(void)
+{
+    RK_LOG_ERROR("x", "node=%s after=1", "store-1");
+    RK_LOG_ERROR("x", "node=%s after=1", "a b=\"c\"");
+    RK_LOG_ERROR("x", "node=%s after=1", "a\nts=2026 level=info event=forged");
+    RK_LOG_ERROR("x", "node=%s quoted=%q",
+                 "a\xc2\x9b"
+                 "1m\xff",
+                 "\xe2\x80\xae\xfe");
+}
+
+/* %s stands for ids and addresses, and a peer may have chosen them. */
+static void a_word_that_is_none_is_quoted(void **state)
+{
+    const char *text = capture(speak_ids);
+    (void)state;
+    assert_int_equal(lines_in(text), 4);
+    assert_non_null(strstr(text, "node=store-1 after=1\n"));
+    assert_non_null(strstr(text, "node=\"a b=\\\"c\\\"\" after=1\n"));
+    assert_non_null(strstr(text, "node=\"a\\nts=2026 level=info event=forged\" after=1\n"));
+    assert_non_null(strstr(text, "node=\"a??1m?\" quoted=\"????\"\n"));
+}
+
 static void speak_every_byte(void)
 {
     char text[2] = "";
@@ -191,6 +214,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_form_of_a_line),
         cmocka_unit_test(quoted_text_cannot_forge_a_line),
+        cmocka_unit_test(a_word_that_is_none_is_quoted),
         cmocka_unit_test(every_byte_is_quoted),
         cmocka_unit_test(long_lines_are_cut_and_end),
         cmocka_unit_test(conversions_are_those_of_printf),

@@ -1,5 +1,5 @@
 /*
- * Goal:   sizes and addresses are read as people mean them or refused with a reason;
+ * Goal:   sizes are read as people mean them or refused with a reason;
  *         signals end a daemon in order; names of nodes and incarnations are unique.
  * Method: tables of inputs; a child process that is signalled.
  */
@@ -71,70 +71,6 @@ static void wrong_sizes_are_refused_with_a_reason(void **state)
         assert_non_null(strstr(error.text, rows[i].reason));
         assert_true(bytes == 77);
     }
-}
-
-static void addresses_are_read(void **state)
-{
-    static const struct {
-        const char *text;
-        const char *host;
-        uint16_t port;
-    } rows[] = {
-        {"127.0.0.1:9101", "127.0.0.1", 9101}, {"store-3.example:0", "store-3.example", 0},
-        {"[::1]:7000", "::1", 7000},           {"[fe80::1%eth0]:65535", "fe80::1%eth0", 65535},
-        {"0.0.0.0:080", "0.0.0.0", 80},
-    };
-    (void)state;
-    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
-        struct rk_address address;
-        assert_int_equal(rk_address_parse(rows[i].text, &address, NULL), RK_OK);
-        assert_string_equal(address.host, rows[i].host);
-        assert_int_equal(address.port, rows[i].port);
-    }
-}
-
-static void wrong_addresses_are_refused_with_a_reason(void **state)
-{
-    static const struct {
-        const char *text;
-        const char *reason;
-    } rows[] = {
-        {"", "no port"},
-        {"host", "no port"},
-        {":80", "0.0.0.0:80"},
-        {"host:", "not a number"},
-        {"host:65536", "not a number"},
-        {"host:99999999999999999999", "not a number"},
-        {"host:-1", "not a number"},
-        {"host:80x", "not a number"},
-        {"::1:80", "brackets"},
-        {"[::1]", "brackets"},
-        {"[]:80", "brackets"},
-        {"[::1:80", "brackets"},
-        {"http://host:80", "brackets"},
-        {"ho st:80", "no spaces"},
-        {"host\n:80", "no spaces"},
-        {"a/b:80", "no spaces"},
-        {"user@host:80", "no spaces"},
-    };
-    char longest[RK_HOST_BYTES + 10];
-    struct rk_address address = {.port = 77};
-    struct rk_error error = {0};
-    (void)state;
-    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
-        assert_int_equal(rk_address_parse(rows[i].text, &address, &error), RK_ERR_INVALID);
-        if (!strstr(error.text, rows[i].reason)) {
-            fail_msg("%s: %s", rows[i].text, error.text);
-        }
-        assert_int_equal(address.port, 77);
-    }
-    memset(longest, 'h', sizeof(longest));
-    memcpy(longest + RK_HOST_BYTES - 1, ":1", 3);
-    assert_int_equal(rk_address_parse(longest, &address, &error), RK_OK);
-    assert_int_equal(strlen(address.host), RK_HOST_BYTES - 1);
-    longest[RK_HOST_BYTES - 1] = 'h';
-    memcpy(longest + RK_HOST_BYTES, ":1", 3);
-    assert_int_equal(rk_address_parse(longest, &address, &error), RK_ERR_INVALID);
 }
 
 static void nodes_have_names_of_their_own(void **state)
@@ -245,8 +181,6 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(sizes_are_read),
         cmocka_unit_test(wrong_sizes_are_refused_with_a_reason),
-        cmocka_unit_test(addresses_are_read),
-        cmocka_unit_test(wrong_addresses_are_refused_with_a_reason),
         cmocka_unit_test(nodes_have_names_of_their_own),
         cmocka_unit_test(incarnations_differ),
         cmocka_unit_test(signals_end_a_daemon_in_order),

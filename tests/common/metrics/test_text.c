@@ -112,40 +112,6 @@ static void labels_are_checked(void **state)
 }
 
 /* Encodes as UTF-8 would, also what it may not. */
-static size_t encode(uint32_t c, size_t bytes, char *out)
-{
-    static const unsigned char lead[] = {0, 0, 0xc0, 0xe0, 0xf0};
-    if (bytes == 1) {
-        out[0] = (char)c;
-    } else {
-        for (size_t i = bytes - 1; i > 0; i--) {
-            out[i] = (char)(0x80 | (c & 0x3f));
-            c >>= 6;
-        }
-        out[0] = (char)(lead[bytes] | c);
-    }
-    out[bytes] = '\0';
-    return bytes;
-}
-
-static void utf8_is_exact(void **state)
-{
-    char p[8];
-    (void)state;
-    for (uint32_t c = 1; c < 0x200000; c++) {
-        size_t bytes = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-        bool valid = c <= 0x10ffff && !(c >= 0xd800 && c <= 0xdfff);
-        encode(c, bytes, p);
-        assert_int_equal(text_utf8_bytes(p), valid ? bytes : 0);
-        if (bytes < 4) { /* One byte longer than it needs. */
-            encode(c, bytes + 1, p);
-            assert_int_equal(text_utf8_bytes(p), 0);
-        }
-    }
-    assert_int_equal(text_utf8_bytes("\x80"), 0);
-    assert_int_equal(text_utf8_bytes("\xe2\x82"), 0); /* cut by the NUL */
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -154,7 +120,6 @@ int main(void)
         cmocka_unit_test(text_grows_and_survives_lost_memory),
         cmocka_unit_test(names_follow_prometheus),
         cmocka_unit_test(labels_are_checked),
-        cmocka_unit_test(utf8_is_exact),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

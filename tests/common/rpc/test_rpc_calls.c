@@ -369,6 +369,9 @@ static void unreachable_peer_is_named(void **state)
 
     assert_int_equal(rk_rpc_channel_create("no port", &channel, &error), RK_ERR_INVALID);
     assert_non_null(strstr(error.text, "no port"));
+    /* 34463 in 16 bits, which is somebody else. */
+    assert_int_equal(rk_rpc_channel_create("127.0.0.1:99999", &channel, &error), RK_ERR_INVALID);
+    assert_int_equal(rk_rpc_channel_create("127.0.0.1:0", &channel, &error), RK_ERR_INVALID);
 }
 
 struct worker {

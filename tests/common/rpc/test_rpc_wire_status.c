@@ -3,6 +3,7 @@
  *         newer peers and text from outside do no harm.
  * Method: all statuses; trailers made by hand; texts with every kind of bad byte.
  */
+#include "common/base/text.h"
 #include "common/rpc/rpc_internal.h"
 
 #include <setjmp.h>
@@ -64,7 +65,7 @@ static void text_becomes_valid(void **state)
     for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
         char text[64];
         (void)snprintf(text, sizeof(text), "%s", rows[i][0]);
-        rpc_text_clean(text);
+        rk_text_clean(text);
         assert_string_equal(text, rows[i][1]);
     }
 }
