@@ -46,6 +46,8 @@ struct rk_rpc_server_options {
     const char *address;          /* "127.0.0.1:7100"; port 0 picks a free one */
     uint32_t calls_max;           /* handlers at once, 0: 64. Health and reflection streams count */
     uint32_t default_deadline_ms; /* for calls that bring none, 0: 600,000 */
+    uint32_t send_timeout_ms;     /* a client that takes no message for so long loses its call with
+                                   * RK_ERR_DEADLINE; 0: it has until the call's deadline */
 };
 
 /* Binds but does not serve yet. RK_ERR_IO names the address and why (port in use). */
@@ -94,7 +96,12 @@ RK_MUST_CHECK enum rk_status rk_rpc_call_send_last_parts(struct rk_rpc_call *cal
                                                          size_t num_parts,
                                                          void (*release)(void *release_context),
                                                          void *release_context);
-/* True once the client is gone or the deadline passed. Cheap; from any thread. */
+/* Ends the call with RK_OK before its handler returns, for work that goes on behind the answer: the
+ * client has its status, and nothing more can be received, sent or told. The handler's thread stays
+ * taken until it returns; what it returns is ignored. */
+void rk_rpc_call_end_early(struct rk_rpc_call *call);
+/* True once the client is gone or the deadline passed. False for good after rk_rpc_call_end_early.
+ * Cheap; from any thread. */
 bool rk_rpc_call_cancelled(struct rk_rpc_call *call);
 int64_t rk_rpc_call_deadline_ns(const struct rk_rpc_call *call);
 

@@ -261,6 +261,7 @@ enum rk_status rk_rpc_server_create(const struct rk_rpc_server_options *options,
     server->calls_max = options->calls_max > 0 ? options->calls_max : CALLS_MAX_DEFAULT;
     server->default_deadline_ms =
         options->default_deadline_ms > 0 ? options->default_deadline_ms : DEADLINE_DEFAULT_MS;
+    server->send_timeout_ms = options->send_timeout_ms;
     if (server->calls_max > CALLS_MAX_LIMIT) {
         status = rk_error_set(error, RK_ERR_INVALID, "calls_max is %u, at most %u is possible",
                               server->calls_max, (unsigned)CALLS_MAX_LIMIT);

@@ -50,6 +50,8 @@ static void call_reset(struct rk_rpc_call *call)
     call->method = NULL;
     call->close_says_cancelled = 0;
     call->opened = false;
+    atomic_init(&call->ended, false);
+    call->stalled = false;
     call->held = NULL;
     call->received = NULL;
     call->recv_started = false;
@@ -130,7 +132,7 @@ void rpc_call_accept(struct rk_rpc_call *call)
 /* Why the call cannot go on, once one of its batches failed. */
 static enum rk_status call_failure(struct rk_rpc_call *call)
 {
-    return rk_clock_ns() >= call->deadline_ns ? RK_ERR_DEADLINE : RK_ERR_CANCELLED;
+    return call->stalled || rk_clock_ns() >= call->deadline_ns ? RK_ERR_DEADLINE : RK_ERR_CANCELLED;
 }
 
 /* Whether the batch succeeded. A message that the socket does not take keeps its batch, though the
@@ -146,6 +148,21 @@ static bool call_finish(struct rk_rpc_call *call, struct rpc_batch *batch)
         }
     }
     return batch->ok;
+}
+
+/* As call_finish, for the message under way, which has a time of its own to leave. */
+static bool call_finish_sending(struct rk_rpc_call *call)
+{
+    int64_t timeout_ns = call->server->send_timeout_ms * INT64_C(1000000);
+    if (timeout_ns > 0 && call->sent_ns + timeout_ns < call->deadline_ns &&
+        !rpc_batch_wait_until(&call->sending, call->sent_ns + timeout_ns)) {
+        call->stalled = true;
+        (void)grpc_call_cancel_with_status(call->call, GRPC_STATUS_DEADLINE_EXCEEDED,
+                                           "the client took no message for too long", NULL);
+        return rpc_batch_wait_until(&call->sending, rk_deadline_in_ms(STUCK_MS)) &&
+               call->sending.ok;
+    }
+    return call_finish(call, &call->sending);
 }
 
 /* A client that broke off looks like one that sent its last message. Opening our
@@ -196,11 +213,12 @@ enum rk_status rk_rpc_call_recv(struct rk_rpc_call *call,
 static enum rk_status call_send_buffer(struct rk_rpc_call *call, grpc_byte_buffer *buffer)
 {
     enum rk_status status = RK_OK;
-    if (!call_finish(call, &call->sending) || rk_rpc_call_cancelled(call)) {
+    if (!call_finish_sending(call) || rk_rpc_call_cancelled(call)) {
         status = call_failure(call);
     } else {
         grpc_op ops[2] = {{.op = GRPC_OP_SEND_MESSAGE, .data.send_message.send_message = buffer},
                           {.op = GRPC_OP_SEND_INITIAL_METADATA}};
+        call->sent_ns = rk_clock_ns();
         call_start(call, &call->sending, ops, call->opened ? 1 : 2);
         call->opened = true;
     }
@@ -259,7 +277,8 @@ enum rk_status rk_rpc_call_send_last_parts(struct rk_rpc_call *call,
 
 bool rk_rpc_call_cancelled(struct rk_rpc_call *call)
 {
-    return atomic_load(&call->cancelled) || rk_clock_ns() >= call->deadline_ns;
+    return !atomic_load(&call->ended) &&
+           (atomic_load(&call->cancelled) || rk_clock_ns() >= call->deadline_ns);
 }
 
 int64_t rk_rpc_call_deadline_ns(const struct rk_rpc_call *call)
@@ -267,12 +286,21 @@ int64_t rk_rpc_call_deadline_ns(const struct rk_rpc_call *call)
     return call->deadline_ns;
 }
 
+void rk_rpc_call_end_early(struct rk_rpc_call *call)
+{
+    rpc_call_end(call, RK_OK, "");
+}
+
 void rpc_call_end(struct rk_rpc_call *call, enum rk_status status, const char *text)
 {
+    if (atomic_load(&call->ended)) {
+        return;
+    }
     /* One final status may follow a message under way, but not overtake it. */
-    if (!call_finish(call, &call->sending) && status == RK_OK) {
+    if (!call_finish_sending(call) && status == RK_OK) {
         status = call_failure(call);
     }
+    atomic_store(&call->ended, true);
     if (status == RK_ERR_CANCELLED && rk_clock_ns() >= call->deadline_ns) {
         status = RK_ERR_DEADLINE; /* A handler cannot tell; the client shall not have to guess. */
     }

@@ -39,6 +39,9 @@ struct rk_rpc_call {
     int close_says_cancelled; /* written by gRPC */
     atomic_bool cancelled;
     bool opened;
+    atomic_bool ended;          /* the final status is on its way */
+    bool stalled;               /* the client took no message for too long */
+    int64_t sent_ns;            /* when the message under way was given to gRPC */
     grpc_byte_buffer *held;     /* a single or last reply, waiting for the status */
     grpc_byte_buffer *received; /* by the batch under way, or not taken yet */
     bool recv_started;
@@ -55,6 +58,7 @@ struct rk_rpc_server {
     int port;
     uint32_t calls_max;
     uint32_t default_deadline_ms;
+    uint32_t send_timeout_ms;
     struct rpc_descriptors *descriptors;
     struct rpc_method methods[RPC_METHODS_MAX]; /* fixed once started */
     size_t num_methods;

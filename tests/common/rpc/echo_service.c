@@ -134,6 +134,39 @@ static enum rk_status echo_hang(struct rk_rpc_call *call, void *context, struct 
     return RK_ERR_CANCELLED;
 }
 
+static enum rk_status echo_flood(struct rk_rpc_call *call, void *context, struct rk_error *error)
+{
+    static uint32_t ids[1 << 18];
+    (void)error;
+    struct echo_service *service = context;
+    Redknot__V1__TokenizeReply reply = REDKNOT__V1__TOKENIZE_REPLY__INIT;
+    reply.n_token_ids = sizeof(ids) / sizeof(ids[0]);
+    reply.token_ids = ids;
+    enum rk_status status = RK_OK;
+    while (status == RK_OK) {
+        status = rk_rpc_call_send(call, &reply.base);
+    }
+    atomic_fetch_add(&service->cancelled, 1);
+    return status;
+}
+
+static enum rk_status echo_early(struct rk_rpc_call *call, void *context, struct rk_error *error)
+{
+    (void)error;
+    struct echo_service *service = context;
+    enum rk_status status = echo_send(call, 7);
+    atomic_fetch_add(&service->running, 1);
+    rk_rpc_call_end_early(call);
+    while (!atomic_load(&service->go_on)) {
+        rk_clock_sleep_ms(1);
+    }
+    if (rk_rpc_call_cancelled(call)) {
+        atomic_fetch_add(&service->cancelled, 1);
+    }
+    atomic_fetch_sub(&service->running, 1);
+    return status == RK_OK ? RK_ERR_INTERNAL : status; /* Ignored: the client has its status. */
+}
+
 struct big {
     struct echo_service *service;
     uint8_t header[16];
@@ -178,5 +211,6 @@ const struct rk_rpc_method echo_methods[] = {
     {.path = ECHO_STATUS, .handler = echo_status}, {.path = ECHO_COUNT, .handler = echo_count},
     {.path = ECHO_BIDI, .handler = echo_bidi},     {.path = ECHO_HANG, .handler = echo_hang},
     {.path = ECHO_UPLOAD, .handler = echo_upload}, {.path = ECHO_BIG, .handler = echo_big},
+    {.path = ECHO_FLOOD, .handler = echo_flood},   {.path = ECHO_EARLY, .handler = echo_early},
 };
 const size_t echo_num_methods = sizeof(echo_methods) / sizeof(echo_methods[0]);

@@ -14,6 +14,7 @@ struct echo_service {
     atomic_int running;   /* handlers inside */
     atomic_int cancelled; /* handlers that saw their call end early */
     atomic_int released;  /* parts given back */
+    atomic_int go_on;     /* set by a test: handlers of Early return */
     atomic_int truncated; /* handlers of Upload that took a broken stream for a whole one */
 };
 
@@ -28,6 +29,8 @@ extern const size_t echo_num_methods;
 #define ECHO_UPLOAD   "/redknot.test.Echo/Upload"   /* replies with how many messages came */
 #define ECHO_BIDI     "/redknot.test.Echo/Bidi"     /* one reply for each message */
 #define ECHO_HANG     "/redknot.test.Echo/Hang"     /* until the call is cancelled */
+#define ECHO_FLOOD    "/redknot.test.Echo/Flood"    /* big replies without an end */
+#define ECHO_EARLY    "/redknot.test.Echo/Early"    /* one reply, its end, then until go_on */
 #define ECHO_BIG      "/redknot.test.Echo/Big"      /* two parts, the second of text bytes */
 #define ECHO_BIG_BYTE 0x5a
 

@@ -18,7 +18,8 @@
 
 #include <cmocka.h>
 
-#define LONG_MS 30000
+#define LONG_MS         30000
+#define SEND_TIMEOUT_MS 300
 
 struct fixture {
     struct echo_service service;
@@ -29,7 +30,8 @@ struct fixture {
 static int setup(void **state)
 {
     struct fixture *fixture = calloc(1, sizeof(*fixture));
-    struct rk_rpc_server_options options = {.address = "127.0.0.1:0", .calls_max = 16};
+    struct rk_rpc_server_options options = {
+        .address = "127.0.0.1:0", .calls_max = 16, .send_timeout_ms = SEND_TIMEOUT_MS};
     struct rk_error error = {0};
     char address[64];
     assert_int_equal(rk_rpc_server_create(&options, &fixture->server, &error), RK_OK);
@@ -204,6 +206,41 @@ static void *cancel_later(void *context)
     rk_clock_sleep_ms(20);
     rk_rpc_stream_cancel(context);
     return NULL;
+}
+
+/* A handler does not wait for a client that takes nothing until the call's deadline. */
+static void a_client_that_takes_nothing_loses_its_call(void **state)
+{
+    struct fixture *fixture = *state;
+    struct rk_rpc_stream *stream = stream_open(fixture, ECHO_FLOOD, LONG_MS);
+    struct rk_error error = {.text = ""};
+    uint32_t number = 0;
+    int64_t begin = rk_clock_ns();
+    assert_int_equal(stream_send(stream, ""), RK_OK);
+    wait_for(&fixture->service.cancelled, 1);
+    assert_true(rk_clock_ns() - begin < LONG_MS / 2 * INT64_C(1000000)); /* Buffers fill first. */
+    while (stream_recv(stream, &number) == RK_OK) {
+    }
+    assert_int_equal(rk_rpc_stream_finish(stream, &error), RK_ERR_DEADLINE);
+    rk_rpc_stream_destroy(stream);
+}
+
+static void a_call_can_end_before_its_handler(void **state)
+{
+    struct fixture *fixture = *state;
+    struct rk_rpc_stream *stream = stream_open(fixture, ECHO_EARLY, LONG_MS);
+    struct rk_error error = {.text = ""};
+    uint32_t number = 0;
+    assert_int_equal(stream_send(stream, ""), RK_OK);
+    assert_int_equal(stream_recv(stream, &number), RK_OK);
+    assert_int_equal(number, 7);
+    assert_int_equal(stream_recv(stream, &number), RK_ERR_NOT_FOUND);
+    assert_int_equal(rk_rpc_stream_finish(stream, &error), RK_OK);
+    rk_rpc_stream_destroy(stream);
+    assert_int_equal(atomic_load(&fixture->service.running), 1); /* and its handler works on */
+    atomic_store(&fixture->service.go_on, 1);
+    wait_for(&fixture->service.running, 0);
+    assert_int_equal(atomic_load(&fixture->service.cancelled), 0);
 }
 
 static void client_cancels_from_another_thread(void **state)
@@ -420,6 +457,8 @@ int main(void)
         CALL_TEST(client_streams_and_reads_one_reply),
         CALL_TEST(both_sides_stream_in_turn),
         CALL_TEST(calls_end_at_their_deadline),
+        CALL_TEST(a_client_that_takes_nothing_loses_its_call),
+        CALL_TEST(a_call_can_end_before_its_handler),
         CALL_TEST(client_cancels_from_another_thread),
         CALL_TEST(finish_before_the_end_cancels),
         CALL_TEST(cancelled_upload_does_not_look_complete),
