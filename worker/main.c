@@ -303,7 +303,8 @@ static enum rk_status start_serving(struct worker *worker, const struct argument
         .jobs_active_max = arguments->requests_max,
         .jobs_queued_max = arguments->queue_max,
     };
-    struct rk_rpc_server_options server_options = {.address = arguments->listen, .calls_max = 256};
+    struct rk_rpc_server_options server_options = {
+        .address = arguments->listen, .calls_max = 256, .send_timeout_ms = 10000};
     struct api_options options = {
         .node_id = worker->node_id,
         .model_name = worker->model_name,

@@ -50,14 +50,6 @@ static void make_metrics(struct api_metrics *metrics)
                                            "Segments stored after they were computed.", NULL);
     metrics->publish_failures = rk_metric_counter("redknot_worker_publish_failures_total",
                                                   "Segments that could not be stored.", NULL);
-    metrics->jobs_active =
-        rk_metric_gauge("redknot_worker_requests_active", "Requests on the engine.", NULL);
-    metrics->jobs_queued =
-        rk_metric_gauge("redknot_worker_requests_queued", "Requests that wait.", NULL);
-    metrics->pool_pages =
-        rk_metric_gauge("redknot_worker_pool_pages", "Pages of the KV pool.", NULL);
-    metrics->pool_pages_used =
-        rk_metric_gauge("redknot_worker_pool_pages_used", "Pages of the KV pool in use.", NULL);
 }
 
 enum rk_status api_create(const struct api_options *options, struct api **ret_api,
@@ -76,7 +68,6 @@ enum rk_status api_create(const struct api_options *options, struct api **ret_ap
     }
     engine_layout(options->engine, &api->layout);
     make_metrics(&api->metrics);
-    rk_metric_set(api->metrics.pool_pages, (double)engine_pool_pages(options->engine));
     *ret_api = api;
     return RK_OK;
 }

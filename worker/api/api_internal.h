@@ -25,10 +25,6 @@ struct api_metrics {
     struct rk_metric *misses[RK_STATUS_COUNT];
     struct rk_metric *published;
     struct rk_metric *publish_failures;
-    struct rk_metric *jobs_active;
-    struct rk_metric *jobs_queued;
-    struct rk_metric *pool_pages_used;
-    struct rk_metric *pool_pages;
 };
 
 struct api {

@@ -219,8 +219,6 @@ static void count_request(const struct api *api, enum api_call call, enum rk_sta
                           const struct session *session)
 {
     const struct api_metrics *metrics = &api->metrics;
-    uint32_t active = 0;
-    uint32_t queued = 0;
     rk_metric_add(metrics->requests[call], 1);
     if (status != RK_OK) {
         rk_metric_add(metrics->failures[call], 1);
@@ -232,10 +230,6 @@ static void count_request(const struct api *api, enum api_call call, enum rk_sta
         rk_metric_add(metrics->tokens_reused, session->plan.tokens_reused);
         rk_metric_add(metrics->tokens_generated, session->result.num_tokens);
     }
-    scheduler_counts(api->options.scheduler, &active, &queued);
-    rk_metric_set(metrics->jobs_active, active);
-    rk_metric_set(metrics->jobs_queued, queued);
-    rk_metric_set(metrics->pool_pages_used, (double)engine_pool_pages_used(api->options.engine));
 }
 
 /* ---- Calls ---- */
@@ -645,7 +639,10 @@ static enum rk_status handle_status(struct rk_rpc_call *call, void *context, str
     reply.threads = options->threads;
     reply.pool_pages = engine_pool_pages(options->engine);
     reply.pool_pages_used = engine_pool_pages_used(options->engine);
-    scheduler_counts(options->scheduler, &reply.requests_active, &reply.requests_queued);
+    struct scheduler_load load;
+    scheduler_load(options->scheduler, &load);
+    reply.requests_active = load.active;
+    reply.requests_queued = load.queued;
     reply.version = (char *)REDKNOT_VERSION;
     return rk_rpc_call_send(call, &reply.base);
 }

@@ -448,7 +448,7 @@ enum rk_status session_run(struct session *session, const struct session_run *ru
             return status;
         }
         /* Nothing was sent yet: every borrowed page is checked before the first token. */
-        uint32_t bad = session->result.bad_run;
+        uint32_t bad = session->result.bad_segment;
         RK_ASSERT(bad < session->num_segments);
         char hex[RK_ID_HEX_BYTES];
         rk_id_to_hex(&source_of(session, bad)->segment_id, hex);

@@ -119,8 +119,10 @@ enum rk_status job_create(struct scheduler *scheduler, const struct scheduler_re
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
     pthread_cond_init(&job->changed, &attributes);
     pthread_condattr_destroy(&attributes);
+    RK_ASSERT(request->num_replay == 0 || request->num_replay < request->tokens_max);
     job->scheduler = scheduler;
     job->request = *request;
+    job->tokens_taken = request->num_replay;
 
     enum rk_status status = reserve_memory(job);
     if (status != RK_OK) {
@@ -281,6 +283,17 @@ static enum rk_status alone_chunk(struct scheduler_job *job, uint32_t rows_max, 
     return status;
 }
 
+static uint32_t segment_of_run(const struct scheduler_job *job, uint32_t run)
+{
+    for (uint32_t i = 0; i < job->request.num_segments; i++) {
+        if (job->run_of_segment[i] == run) {
+            return i;
+        }
+    }
+    RK_ASSERT(!"only segments' pages are borrowed");
+    return 0;
+}
+
 enum rk_status job_prefill_chunk(struct scheduler_job *job, uint32_t rows_max, uint32_t logits_max,
                                  uint32_t *ret_rows, uint32_t *ret_logits_rows,
                                  struct rk_error *error)
@@ -311,7 +324,7 @@ enum rk_status job_prefill_chunk(struct scheduler_job *job, uint32_t rows_max, u
         status =
             engine_forward(job->scheduler->engine, &item, 1, false, job->scheduler->logits, error);
         if (status == RK_MISS_CHECKSUM) {
-            job->result.bad_run = engine_sequence_bad_run(job->main);
+            job->bad_segment = segment_of_run(job, engine_sequence_bad_run(job->main));
         }
         job->next_row += status == RK_OK ? rows : 0;
     }

@@ -29,10 +29,50 @@ static void finish(struct scheduler_job *job, enum rk_status status, const struc
 {
     job->state = JOB_DONE;
     job->status = status;
+    job->result.bad_segment = job->bad_segment;
     if (status != RK_OK && error) {
         memcpy(job->result.text, error->text, sizeof(job->result.text));
     }
+    job->stalled = false;
     pthread_cond_broadcast(&job->changed);
+}
+
+/* With the mutex held. */
+static void count(const struct scheduler *scheduler, struct scheduler_load *ret_load)
+{
+    *ret_load = (struct scheduler_load){.queued = scheduler->num_queued};
+    for (const struct scheduler_job *job = scheduler->active; job; job = job->next) {
+        if (job->state != JOB_DONE) { /* What is done keeps pages only, for its publishing. */
+            ret_load->stalled += job->stalled;
+            ret_load->active += !job->stalled;
+        }
+    }
+}
+
+/* With the mutex held. */
+static void set_gauges(struct scheduler *scheduler)
+{
+    struct scheduler_load load;
+    count(scheduler, &load);
+    rk_metric_set(scheduler->gauges.active, load.active);
+    rk_metric_set(scheduler->gauges.stalled, load.stalled);
+    rk_metric_set(scheduler->gauges.pool_pages_used,
+                  (double)engine_pool_pages_used(scheduler->engine));
+}
+
+static void make_gauges(struct scheduler *scheduler)
+{
+    struct scheduler_gauges *gauges = &scheduler->gauges;
+    gauges->active =
+        rk_metric_gauge("redknot_worker_requests_active", "Requests on the engine.", NULL);
+    gauges->queued = rk_metric_gauge("redknot_worker_requests_queued", "Requests that wait.", NULL);
+    gauges->stalled = rk_metric_gauge("redknot_worker_requests_stalled",
+                                      "Requests whose readers take no rows.", NULL);
+    gauges->pool_pages =
+        rk_metric_gauge("redknot_worker_pool_pages", "Pages of the KV pool.", NULL);
+    gauges->pool_pages_used =
+        rk_metric_gauge("redknot_worker_pool_pages_used", "Pages of the KV pool in use.", NULL);
+    rk_metric_set(gauges->pool_pages, (double)engine_pool_pages(scheduler->engine));
 }
 
 /* With the mutex held: end cancelled jobs, let go of released ones. */
@@ -45,7 +85,6 @@ static void reap(struct scheduler *scheduler)
         }
         if (job->state == JOB_DONE && job->released) {
             *link = job->next;
-            scheduler->num_active--;
             scheduler->pages_reserved -= job->pages_reserved;
             *job->gone = true;
             job_destroy(job);
@@ -61,8 +100,10 @@ static void admit(struct scheduler *scheduler)
 {
     while (scheduler->queue) {
         struct scheduler_job *job = scheduler->queue;
+        struct scheduler_load load;
+        count(scheduler, &load);
         bool fits =
-            scheduler->num_active < scheduler->options.jobs_active_max &&
+            load.active < scheduler->options.jobs_active_max &&
             scheduler->pages_reserved + job->pages_reserved <= engine_pool_pages(scheduler->engine);
         if (!fits && !job->cancelled && !scheduler->stopping) {
             return;
@@ -72,6 +113,7 @@ static void admit(struct scheduler *scheduler)
             scheduler->queue_tail = &scheduler->queue;
         }
         scheduler->num_queued--;
+        rk_metric_add(scheduler->gauges.queued, -1);
         /* At the end, so that prefills take turns. A cancelled job only passes through. */
         struct scheduler_job **tail = &scheduler->active;
         while (*tail) {
@@ -79,7 +121,6 @@ static void admit(struct scheduler *scheduler)
         }
         *tail = job;
         job->next = NULL;
-        scheduler->num_active++;
         scheduler->pages_reserved += job->pages_reserved;
         job->state = JOB_PREFILL;
         job->result.started_ns = rk_clock_ns();
@@ -93,7 +134,9 @@ static void admit(struct scheduler *scheduler)
 static void take_token(struct scheduler_job *job, int32_t token)
 {
     const struct scheduler *scheduler = job->scheduler;
-    if (job->num_tokens == 0) {
+    if (job->num_tokens < job->request.num_replay) {
+        token = job->request.replay[job->num_tokens];
+    } else if (job->num_tokens == job->request.num_replay) {
         job->result.first_token_ns = rk_clock_ns();
     }
     job->last_token = token;
@@ -122,6 +165,7 @@ static void give_rows(struct scheduler_job *job, uint32_t count)
         job->result.flops = job_flops(job);
     }
     job->ring_written += count;
+    job->stalled = job->ring_written - job->ring_read == JOB_ROWS_RING;
     pthread_cond_broadcast(&job->changed);
     pthread_mutex_unlock(&scheduler->mutex);
 }
@@ -148,17 +192,31 @@ static void prefill_ended(struct scheduler_job *job, uint32_t logits_rows)
     pthread_mutex_unlock(&scheduler->mutex);
 }
 
-/* One chunk of one job. False: its reader has to take rows first. */
-static bool prefill_turn(struct scheduler_job *job, bool others_decode)
+/* What a pass read may have been given to others meanwhile: then it is worth nothing, whatever it
+ * came to, and a page that did not match its checksum was not bad. */
+static enum rk_status check_pages(struct scheduler_job *job, struct rk_error *error)
+{
+    if (!job->request.pages_check || !job->main) {
+        return RK_OK;
+    }
+    uint32_t segment = 0;
+    enum rk_status status = job->request.pages_check(job->request.pages_context, &segment);
+    if (status == RK_OK) {
+        return RK_OK;
+    }
+    job->bad_segment = segment;
+    return rk_error_set(error, status, "pages of segment %u were lost while they were in use: %s",
+                        segment, rk_status_text(status));
+}
+
+/* One chunk of one job that is not stalled. */
+static void prefill_turn(struct scheduler_job *job, bool others_decode)
 {
     struct scheduler *scheduler = job->scheduler;
     pthread_mutex_lock(&scheduler->mutex);
     uint32_t room = JOB_ROWS_RING - (job->ring_written - job->ring_read);
     pthread_mutex_unlock(&scheduler->mutex);
     uint32_t logits_max = room < CHUNK_LOGITS_MAX ? room : CHUNK_LOGITS_MAX;
-    if (job->request.num_forced > 0 && room == 0) {
-        return false;
-    }
     /* A smaller chunk when others wait for their next token. */
     uint32_t rows_max = others_decode ? KERNELS_ROWS_MAX / 2 : KERNELS_ROWS_MAX;
     uint32_t rows = 0;
@@ -166,11 +224,13 @@ static bool prefill_turn(struct scheduler_job *job, bool others_decode)
     struct rk_error error = {.text = ""};
     enum rk_status status =
         job_prefill_chunk(job, rows_max, logits_max, &rows, &logits_rows, &error);
+    enum rk_status lost = check_pages(job, &error);
+    status = lost != RK_OK ? lost : status;
     if (status != RK_OK) {
         pthread_mutex_lock(&scheduler->mutex);
         finish(job, status, &error);
         pthread_mutex_unlock(&scheduler->mutex);
-        return true;
+        return;
     }
     if (job->request.num_forced > 0) {
         give_rows(job, logits_rows);
@@ -182,13 +242,12 @@ static bool prefill_turn(struct scheduler_job *job, bool others_decode)
     if (job_prefill_done(job)) {
         prefill_ended(job, logits_rows);
     }
-    return true;
 }
 
 /* One token for each decoding job, in one call. */
 static void decode_turn(struct scheduler *scheduler, struct scheduler_job **jobs, uint32_t count)
 {
-    struct engine_item items[CHUNK_LOGITS_MAX];
+    struct engine_item items[CHUNK_LOGITS_MAX] = {{.sequence = NULL}};
     struct engine_row rows[CHUNK_LOGITS_MAX];
     struct rk_error error = {.text = ""};
     for (uint32_t i = 0; i < count; i++) {
@@ -203,6 +262,11 @@ static void decode_turn(struct scheduler *scheduler, struct scheduler_job **jobs
     enum rk_status status =
         engine_forward(scheduler->engine, items, count, true, scheduler->logits, &error);
     int32_t tokens[CHUNK_LOGITS_MAX];
+    enum rk_status lost[CHUNK_LOGITS_MAX];
+    struct rk_error why[CHUNK_LOGITS_MAX];
+    for (uint32_t i = 0; i < count; i++) {
+        lost[i] = check_pages(jobs[i], &why[i]);
+    }
     for (uint32_t i = 0; status == RK_OK && i < count; i++) {
         tokens[i] = engine_sample(&jobs[i]->request.sampler,
                                   scheduler->logits + (size_t)i * scheduler->vocab_size,
@@ -210,7 +274,9 @@ static void decode_turn(struct scheduler *scheduler, struct scheduler_job **jobs
     }
     pthread_mutex_lock(&scheduler->mutex);
     for (uint32_t i = 0; i < count; i++) {
-        if (status == RK_OK) {
+        if (lost[i] != RK_OK) {
+            finish(jobs[i], lost[i], &why[i]);
+        } else if (status == RK_OK) {
             take_token(jobs[i], tokens[i]);
         } else {
             finish(jobs[i], status, &error);
@@ -219,12 +285,13 @@ static void decode_turn(struct scheduler *scheduler, struct scheduler_job **jobs
     pthread_mutex_unlock(&scheduler->mutex);
 }
 
-/* With the mutex held: the first prefilling job, moved to the end of the list for fairness. */
+/* With the mutex held: the first prefilling job whose reader keeps up, moved to the end of the list
+ * for fairness. */
 static struct scheduler_job *next_prefill(struct scheduler *scheduler)
 {
     for (struct scheduler_job **link = &scheduler->active; *link; link = &(*link)->next) {
         struct scheduler_job *job = *link;
-        if (job->state == JOB_PREFILL) {
+        if (job->state == JOB_PREFILL && !job->stalled) {
             struct scheduler_job **tail = link;
             *link = job->next;
             while (*tail) {
@@ -256,20 +323,21 @@ static void *engine_thread(void *context)
                 decoding[num_decoding++] = job;
             }
         }
+        set_gauges(scheduler);
+        if (!prefill && num_decoding == 0) { /* Whatever changes that signals. */
+            pthread_cond_wait(&scheduler->work, &scheduler->mutex);
+            continue;
+        }
         pthread_mutex_unlock(&scheduler->mutex);
-        bool worked = num_decoding > 0;
-        if (prefill && prefill_turn(prefill, num_decoding > 0)) {
-            worked = true;
+        if (prefill) {
+            prefill_turn(prefill, num_decoding > 0);
         }
         if (num_decoding > 0) {
             decode_turn(scheduler, decoding, num_decoding);
         }
         pthread_mutex_lock(&scheduler->mutex);
-        if (!worked) {
-            struct timespec until = timespec_of(rk_deadline_in_ms(100));
-            pthread_cond_timedwait(&scheduler->work, &scheduler->mutex, &until);
-        }
     }
+    set_gauges(scheduler);
     pthread_mutex_unlock(&scheduler->mutex);
     return NULL;
 }
@@ -296,6 +364,7 @@ enum rk_status scheduler_start(const struct scheduler_options *options,
     scheduler->engine = options->engine;
     scheduler->vocab_size = engine_vocab_size(options->engine);
     scheduler->queue_tail = &scheduler->queue;
+    make_gauges(scheduler);
     pthread_mutex_init(&scheduler->mutex, NULL);
     cond_init_monotonic(&scheduler->work);
     cond_init_monotonic(&scheduler->gone);
@@ -334,11 +403,10 @@ void scheduler_stop(struct scheduler *scheduler)
     rk_free(scheduler);
 }
 
-void scheduler_counts(struct scheduler *scheduler, uint32_t *ret_active, uint32_t *ret_queued)
+void scheduler_load(struct scheduler *scheduler, struct scheduler_load *ret_load)
 {
     pthread_mutex_lock(&scheduler->mutex);
-    *ret_active = scheduler->num_active;
-    *ret_queued = scheduler->num_queued;
+    count(scheduler, ret_load);
     pthread_mutex_unlock(&scheduler->mutex);
 }
 
@@ -358,6 +426,7 @@ enum rk_status scheduler_job_submit(struct scheduler *scheduler,
         *scheduler->queue_tail = job;
         scheduler->queue_tail = &job->next;
         scheduler->num_queued++;
+        rk_metric_add(scheduler->gauges.queued, 1);
         pthread_cond_signal(&scheduler->work);
     }
     pthread_mutex_unlock(&scheduler->mutex);
@@ -365,7 +434,8 @@ enum rk_status scheduler_job_submit(struct scheduler *scheduler,
         job_destroy(job);
         return stopping ? rk_error_set(error, RK_ERR_UNAVAILABLE, "the worker is stopping")
                         : rk_error_set(error, RK_ERR_FULL,
-                                       "%u requests wait already; try again or ask another worker",
+                                       "the queue is full: %u requests wait already (--queue-max); "
+                                       "ask another worker, or this one later",
                                        scheduler->options.jobs_queued_max);
     }
     *ret_job = job;
@@ -427,7 +497,10 @@ void scheduler_job_row_done(struct scheduler_job *job)
 {
     pthread_mutex_lock(&job->scheduler->mutex);
     job->ring_read++;
-    pthread_cond_signal(&job->scheduler->work);
+    if (job->stalled && job->ring_written - job->ring_read <= JOB_ROWS_RING - CHUNK_LOGITS_MAX) {
+        job->stalled = false; /* Not for a row at a time: a pass costs much the same. */
+        pthread_cond_signal(&job->scheduler->work);
+    }
     pthread_mutex_unlock(&job->scheduler->mutex);
 }
 

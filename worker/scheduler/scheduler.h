@@ -9,7 +9,11 @@
  *
  * Bounded: jobs queued and active, rows of log-probabilities waiting for a
  * slow reader, and pool pages, which are reserved at admission so that a job
- * that started never runs out of them.
+ * that started never runs out of them. A job whose reader takes no rows gives
+ * up its place, not its pages, until the reader goes on.
+ *
+ * Pages that are borrowed may be lost while they are used: after each pass over
+ * them the job's pages_check is asked, before anything of that pass is told.
  *
  * Threads: submit, wait, cancel and release from any thread; one job is waited
  * for by one thread.
@@ -37,12 +41,20 @@ RK_MUST_CHECK enum rk_status scheduler_start(const struct scheduler_options *opt
                                              struct rk_error *error);
 /* Ends all jobs as RK_ERR_CANCELLED; every job must have been released. Accepts NULL. */
 void scheduler_stop(struct scheduler *scheduler);
-void scheduler_counts(struct scheduler *scheduler, uint32_t *ret_active, uint32_t *ret_queued);
+
+struct scheduler_load {
+    uint32_t active;  /* compute now */
+    uint32_t queued;  /* wait for a place or for pages */
+    uint32_t stalled; /* wait for their readers, without a place */
+};
+void scheduler_load(struct scheduler *scheduler, struct scheduler_load *ret_load);
 
 /*
  * What to compute. Everything is borrowed until scheduler_job_release.
  * plan NULL: segment 0 is computed alone, and nothing else (a put).
  * forced: a given continuation is scored instead of generating one.
+ * replay: tokens that an earlier job of this request has told already; they are computed again, one
+ * by one as then, but stay what they were and are not told again.
  */
 struct scheduler_request {
     const struct recovery_plan *plan;
@@ -57,6 +69,12 @@ struct scheduler_request {
     uint32_t tokens_max; /* to generate */
     bool ignore_end;     /* go on behind an end token */
     struct engine_sampler sampler;
+    const int32_t *replay; /* [num_replay], below tokens_max */
+    uint32_t num_replay;
+    /* Are the fetched pages still what they were? Else why not, and of which segment. Called by the
+     * engine's thread after each pass over them: it must not block. NULL: they always are. */
+    enum rk_status (*pages_check)(void *context, uint32_t *ret_segment);
+    void *pages_context;
 };
 
 /* RK_ERR_FULL: the queue is full. RK_ERR_TOO_LONG: the pool can never hold it. */
@@ -95,11 +113,11 @@ void scheduler_job_release(struct scheduler_job *job);
 struct scheduler_result {
     bool ended; /* by an end token; else by tokens_max */
     uint32_t num_tokens;
-    uint32_t bad_run;   /* with RK_MISS_CHECKSUM */
-    double flops;       /* of the prompt */
-    int64_t started_ns; /* left the queue */
+    uint32_t bad_segment; /* with RK_MISS_*: whose pages were bad or are lost */
+    double flops;         /* of the prompt */
+    int64_t started_ns;   /* left the queue */
     int64_t first_token_ns;
-    char text[256]; /* of an error */
+    char text[512]; /* of an error */
 };
 void scheduler_job_result(const struct scheduler_job *job, struct scheduler_result *ret_result);
 /* Pages [layer][kv_head][page] of segment i that this job computed (sources COMPUTE and

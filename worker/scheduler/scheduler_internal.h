@@ -9,6 +9,8 @@
 
 #include "worker/scheduler/scheduler.h"
 
+#include "common/metrics/metrics.h"
+
 #include <pthread.h>
 
 #define JOB_ROWS_RING    64 /* rows of log-probabilities waiting for the reader */
@@ -32,6 +34,7 @@ struct scheduler_job {
     uint32_t *run_of_segment; /* run index in main */
     int32_t last_token;
     uint32_t next_position;
+    uint32_t bad_segment; /* after RK_MISS_CHECKSUM */
 
     /* Guarded. */
     enum job_state state;
@@ -45,8 +48,18 @@ struct scheduler_job {
     uint32_t num_tokens, tokens_taken;
     float *ring; /* [JOB_ROWS_RING][vocab] */
     uint32_t ring_written, ring_read;
+    bool stalled; /* no room in the ring: without a place until the reader has made some */
     pthread_cond_t changed;
     struct scheduler_job *next; /* queue, or list of active jobs */
+};
+
+/* Right after every turn of the engine; set with the mutex held. */
+struct scheduler_gauges {
+    struct rk_metric *active;
+    struct rk_metric *queued;
+    struct rk_metric *stalled;
+    struct rk_metric *pool_pages;
+    struct rk_metric *pool_pages_used;
 };
 
 struct scheduler {
@@ -57,6 +70,7 @@ struct scheduler {
     void *sample_scratch;
     pthread_t thread;
     bool thread_started;
+    struct scheduler_gauges gauges;
 
     pthread_mutex_t mutex;
     pthread_cond_t work; /* the engine's thread waits here */
@@ -65,8 +79,7 @@ struct scheduler {
     bool stopping;
     struct scheduler_job *queue, **queue_tail;
     uint32_t num_queued;
-    struct scheduler_job *active;
-    uint32_t num_active;
+    struct scheduler_job *active; /* admitted and not let go, those that are done included */
     uint64_t pages_reserved;
 };
 
