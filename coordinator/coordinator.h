@@ -24,6 +24,7 @@ struct coordinator;
 struct coordinator_options {
     const char *listen;          /* "127.0.0.1:7100"; port 0 picks a free one */
     const char *data_dir;        /* created with mode 0700 */
+    const char *cluster_id;      /* nodes of another one are refused; NULL: none; must outlive it */
     uint32_t heartbeat_ms;       /* how often nodes call, 0: 500 */
     uint32_t timeout_ms;         /* silent for longer: down, 0: 2,000 */
     uint32_t shards_per_segment; /* contiguous layer ranges, 0: 1 */

@@ -15,6 +15,24 @@ static enum rk_status out_of_memory(struct rk_error *error)
     return rk_error_set(error, RK_ERR_NO_MEMORY, "the coordinator is out of memory");
 }
 
+/* Ports are reused: a node that was started for another cluster found us at its coordinator's. */
+static enum rk_status check_cluster(const struct coordinator *coordinator,
+                                    const Redknot__V1__RegisterRequest *request,
+                                    struct rk_error *error)
+{
+    const char *ours =
+        coordinator->options.cluster_id != NULL ? coordinator->options.cluster_id : "";
+
+    if (request->cluster_id[0] == '\0' || strcmp(request->cluster_id, ours) == 0) {
+        return RK_OK;
+    }
+    return rk_error_set(error, RK_ERR_INVALID,
+                        "node %s is of cluster %s, and this coordinator %s%s: give it the address "
+                        "of its own",
+                        request->node->node_id, request->cluster_id,
+                        ours[0] != '\0' ? "of cluster " : "was started without --cluster", ours);
+}
+
 enum rk_status coordinator_register(struct coordinator *coordinator, struct arena *arena,
                                     const ProtobufCMessage *request, ProtobufCMessage **ret_reply,
                                     struct rk_error *error)
@@ -26,6 +44,9 @@ enum rk_status coordinator_register(struct coordinator *coordinator, struct aren
 
     if (status == RK_OK) {
         status = record_check_node_text(info, error);
+    }
+    if (status == RK_OK) {
+        status = check_cluster(coordinator, (const Redknot__V1__RegisterRequest *)request, error);
     }
     if (status != RK_OK) {
         return status;

@@ -5,6 +5,7 @@
 #include "coordinator/record.h"
 
 #include <string.h>
+#include <unistd.h>
 
 #define STATUS_SEGMENTS     1000u
 #define STATUS_SEGMENTS_MAX 100000u
@@ -257,6 +258,10 @@ enum rk_status coordinator_status(struct coordinator *coordinator, struct arena 
     reply->epoch = coordinator->epoch;
     reply->uptime_ms = (uint64_t)(rk_clock_ns() - coordinator->started_ns) / 1000000;
     reply->version = (char *)(uintptr_t)REDKNOT_VERSION;
+    if (coordinator->options.cluster_id != NULL) {
+        reply->cluster_id = (char *)(uintptr_t)coordinator->options.cluster_id;
+    }
+    reply->pid = (uint32_t)getpid();
     (void)pthread_mutex_lock(&coordinator->index_lock);
     status =
         fill_status(coordinator, arena, (const Redknot__V1__StatusRequest *)message, reply, error);

@@ -16,6 +16,7 @@
 enum {
     OPTION_LISTEN = 256,
     OPTION_DATA,
+    OPTION_CLUSTER,
     OPTION_METRICS,
     OPTION_HEARTBEAT_MS,
     OPTION_TIMEOUT_MS,
@@ -39,6 +40,7 @@ const char *argp_program_version = "redknot-coordinator " REDKNOT_VERSION;
 static const struct argp_option option_list[] = {
     {"listen", OPTION_LISTEN, "HOST:PORT", 0, "Serve gRPC here (" RK_LISTEN_COORDINATOR ")", 0},
     {"data", OPTION_DATA, "DIR", 0, "Metadata database (./redknot-data/coordinator)", 0},
+    {"cluster", OPTION_CLUSTER, "ID", 0, "Id of the cluster: nodes of another one are refused", 0},
     {"metrics", OPTION_METRICS, "HOST:PORT", 0,
      "Serve Prometheus text here; empty: nowhere (" RK_METRICS_COORDINATOR ")", 0},
     {"heartbeat-ms", OPTION_HEARTBEAT_MS, "MS", 0, "How often nodes report (500)", 0},
@@ -89,6 +91,15 @@ static void check_address(struct argp_state *state, const char *name, const char
     }
 }
 
+static void check_cluster(struct argp_state *state, const char *text)
+{
+    struct rk_error error;
+
+    if (rk_service_cluster_set(text, &error) != RK_OK) {
+        argp_error(state, "%s", error.text);
+    }
+}
+
 static error_t parse_option(int key, char *text, struct argp_state *state)
 {
     struct arguments *arguments = state->input;
@@ -104,6 +115,10 @@ static error_t parse_option(int key, char *text, struct argp_state *state)
             argp_error(state, "--data: needs a directory");
         }
         options->data_dir = text;
+        break;
+    case OPTION_CLUSTER:
+        check_cluster(state, text);
+        options->cluster_id = text;
         break;
     case OPTION_METRICS:
         if (text[0] != '\0') {

@@ -31,6 +31,7 @@ enum option_key {
     OPTION_UCX,
     OPTION_METRICS,
     OPTION_NODE_ID,
+    OPTION_CLUSTER,
     OPTION_ADVERTISE,
     OPTION_SHARDS_MAX,
     OPTION_STAGED_TTL,
@@ -66,6 +67,7 @@ static const struct argp_option options[] = {
     {"metrics", OPTION_METRICS, "HOST:PORT", 0,
      "Prometheus metrics; empty: none (" RK_METRICS_STORE ")", 0},
     {"node-id", OPTION_NODE_ID, "NAME", 0, "Name in the cluster (made from the host's name)", 0},
+    {"cluster", OPTION_CLUSTER, "ID", 0, "Register only with the coordinator of this cluster", 0},
     {"advertise", OPTION_ADVERTISE, "HOST:PORT", 0, "gRPC address for others (that of --listen)",
      0},
     {"shards-max", OPTION_SHARDS_MAX, "COUNT", 0, "Most shards held at once (65536)", 0},
@@ -110,6 +112,14 @@ static const char *address_or_usage(const char *text, enum rk_address_use use,
     return text;
 }
 
+static void cluster_or_usage(const char *text, struct argp_state *state)
+{
+    struct rk_error error;
+    if (rk_service_cluster_set(text, &error) != RK_OK) {
+        argp_error(state, "%s", error.text);
+    }
+}
+
 static error_t parse_option(int key, char *value, struct argp_state *state)
 {
     struct settings *settings = state->input;
@@ -144,6 +154,9 @@ static error_t parse_option(int key, char *value, struct argp_state *state)
         if (rk_text_check_name("--node-id", value, strlen(value), 255, &error) != RK_OK) {
             argp_error(state, "%s", error.text);
         }
+        return 0;
+    case OPTION_CLUSTER:
+        cluster_or_usage(value, state);
         return 0;
     case OPTION_ADVERTISE:
         settings->advertise = address_or_usage(value, RK_ADDRESS_CALL, state);

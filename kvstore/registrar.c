@@ -11,6 +11,7 @@
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/log.h"
+#include "common/base/service.h"
 #include "common/rpc/origin_message.h"
 #include "kvstore/message_internal.h"
 #include "redknot/v1/coordinator.pb-c.h"
@@ -70,6 +71,7 @@ static enum rk_status register_node(struct registrar *registrar, struct rk_error
     node.version = (char *)REDKNOT_VERSION;
     node.metrics_address = (char *)options->metrics_address;
     request.node = &node;
+    request.cluster_id = (char *)rk_service_cluster();
     enum rk_status status =
         rk_rpc_unary(registrar->channel, "/redknot.v1.Coordinator/RegisterNode", &request.base,
                      &redknot__v1__register_reply__descriptor, CALL_TIMEOUT_MS, &message, error);

@@ -3,12 +3,14 @@
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/log.h"
+#include "common/base/service.h"
 #include "kvstore/message_internal.h"
 #include "redknot/v1/kvstore.pb-c.h"
 
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #define MESSAGE_BYTES 1048576u /* of data in one message of a get */
 #define PARTS_MAX     256u
@@ -730,6 +732,8 @@ static enum rk_status handle_store_status(struct rk_rpc_call *call, void *contex
     reply.num_values = stats.num_values;
     reply.num_staged = stats.num_staged;
     reply.version = (char *)REDKNOT_VERSION;
+    reply.cluster_id = (char *)rk_service_cluster();
+    reply.pid = (uint32_t)getpid();
     if (with_shards) {
         return status_shards(service, call, &reply);
     }

@@ -47,6 +47,7 @@ enum option_key {
     KEY_ADVERTISE,
     KEY_METRICS,
     KEY_NODE_ID,
+    KEY_CLUSTER,
     KEY_HEAD_MAP,
     KEY_LOG_LEVEL,
     KEY_MODE,
@@ -68,6 +69,7 @@ static const struct argp_option argp_options[] = {
     {"metrics", KEY_METRICS, "HOST:PORT", 0, "Metrics address; empty: none (" RK_METRICS_WORKER ")",
      0},
     {"node-id", KEY_NODE_ID, "ID", 0, "Name in the cluster (worker-<host>-<random>)", 0},
+    {"cluster", KEY_CLUSTER, "ID", 0, "Register only with the coordinator of this cluster", 0},
     {"threads", 't', "N", 0, "Threads of the engine (all cores)", 0},
     {"mode", KEY_MODE, "bf16|f32", 0, "Precision (bf16 where the CPU is fast at it)", 0},
     {"isa", KEY_ISA, "NAME", 0,
@@ -131,6 +133,14 @@ static void check_advertised(struct argp_state *state, const struct arguments *a
     }
 }
 
+static void parse_cluster(struct argp_state *state, const char *text)
+{
+    struct rk_error error;
+    if (rk_service_cluster_set(text, &error) != RK_OK) {
+        argp_error(state, "%s", error.text);
+    }
+}
+
 static error_t parse_option(int key, char *text, struct argp_state *state)
 {
     struct arguments *arguments = state->input;
@@ -156,6 +166,9 @@ static error_t parse_option(int key, char *text, struct argp_state *state)
         break;
     case KEY_NODE_ID:
         arguments->node_id = parse_node_id(state, text);
+        break;
+    case KEY_CLUSTER:
+        parse_cluster(state, text);
         break;
     case KEY_HEAD_MAP:
         arguments->head_map = text;

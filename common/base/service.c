@@ -87,6 +87,27 @@ uint64_t rk_service_incarnation(void)
     return number;
 }
 
+static char cluster[RK_CLUSTER_ID_BYTES];
+
+enum rk_status rk_service_cluster_set(const char *cluster_id, struct rk_error *error)
+{
+    static const char allowed[] =
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_";
+    size_t length = strlen(cluster_id);
+    if (length == 0 || length >= sizeof(cluster) || strspn(cluster_id, allowed) != length) {
+        return rk_error_set(error, RK_ERR_INVALID,
+                            "--cluster: a cluster's id has 1 to %d letters, digits, '-' and '_'",
+                            RK_CLUSTER_ID_BYTES - 1);
+    }
+    memcpy(cluster, cluster_id, length + 1);
+    return RK_OK;
+}
+
+const char *rk_service_cluster(void)
+{
+    return cluster;
+}
+
 static const struct {
     const char *name;
     uint64_t bytes;

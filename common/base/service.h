@@ -42,6 +42,15 @@ char *rk_service_node_id(const char *prefix);
 uint64_t rk_service_incarnation(void);
 
 /*
+ * The cluster that this process was started for: 1 to 64 letters, digits, '-' and '_'; "" until it
+ * is set. It goes along when a node registers, and status replies tell it, so that whoever started
+ * a process can tell it from another one that took its port. Set once, before any thread.
+ */
+#define RK_CLUSTER_ID_BYTES 65
+RK_MUST_CHECK enum rk_status rk_service_cluster_set(const char *cluster_id, struct rk_error *error);
+const char *rk_service_cluster(void);
+
+/*
  * "4096", "4096B", "64KB" (1000s), "512MiB", "2GiB" (1024s); K, M, G or T, in either
  * case, whole numbers. RK_ERR_INVALID says what is wrong, and that "512M" must say
  * which unit it means.

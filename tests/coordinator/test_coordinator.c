@@ -541,6 +541,53 @@ static void segments_are_bounded(void **state)
     expect(f, 5, "", true);
 }
 
+static enum rk_status register_of_cluster(struct fixture *f, const char *cluster_id)
+{
+    Redknot__V1__NodeInfo info = REDKNOT__V1__NODE_INFO__INIT;
+    Redknot__V1__RegisterRequest request = REDKNOT__V1__REGISTER_REQUEST__INIT;
+    ProtobufCMessage *reply = NULL;
+    enum rk_status status;
+
+    info.node_id = (char *)(uintptr_t)store_name(0);
+    info.role = REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE;
+    info.incarnation = 11;
+    info.grpc_address = f->stores[0].address;
+    info.capacity_bytes = 1 << 30;
+    request.node = &info;
+    request.cluster_id = (char *)(uintptr_t)cluster_id;
+    status =
+        call(f, M("RegisterNode"), &request.base, &redknot__v1__register_reply__descriptor, &reply);
+    rk_rpc_message_free(reply);
+    return status;
+}
+
+/* Ports are reused: whoever finds another cluster's coordinator at its own's port is told so. */
+static void a_node_of_another_cluster_is_refused(void **state)
+{
+    struct fixture *f = *state;
+    Redknot__V1__StatusRequest request = REDKNOT__V1__STATUS_REQUEST__INIT;
+    ProtobufCMessage *message = NULL;
+    const Redknot__V1__StatusReply *reply;
+
+    assert_int_equal(register_of_cluster(f, ""), RK_OK);
+    assert_int_equal(register_of_cluster(f, "another"), RK_ERR_INVALID);
+    assert_non_null(strstr(f->last_error, "without --cluster"));
+    down(f);
+    f->options.cluster_id = "ours";
+    up(f);
+    assert_int_equal(register_of_cluster(f, "another"), RK_ERR_INVALID);
+    assert_non_null(strstr(f->last_error, "store-0 is of cluster another"));
+    assert_int_equal(register_of_cluster(f, "ours"), RK_OK);
+    assert_int_equal(register_of_cluster(f, ""), RK_OK);
+    assert_int_equal(
+        call(f, M("Status"), &request.base, &redknot__v1__status_reply__descriptor, &message),
+        RK_OK);
+    reply = (const Redknot__V1__StatusReply *)message;
+    assert_string_equal(reply->cluster_id, "ours");
+    assert_int_equal(reply->pid, getpid());
+    rk_rpc_message_free(message);
+}
+
 static void garbage_is_refused(void **state)
 {
     struct fixture *f = *state;
@@ -697,6 +744,7 @@ int main(void)
         TEST(placed_expires),
         TEST(abort_frees_the_place),
         TEST(segments_are_bounded),
+        TEST(a_node_of_another_cluster_is_refused),
         TEST(garbage_is_refused),
         TEST(names_that_are_none_are_refused),
         TEST(status_tells_nodes_and_segments),

@@ -4,6 +4,7 @@
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/log.h"
+#include "common/base/service.h"
 #include "common/rpc/rpc.h"
 #include "redknot/v1/coordinator.pb-c.h"
 
@@ -54,6 +55,7 @@ static enum rk_status join_cluster(struct api_membership *membership, uint32_t *
     node.fingerprint.len = sizeof(options->fingerprint.bytes);
     Redknot__V1__RegisterRequest request = REDKNOT__V1__REGISTER_REQUEST__INIT;
     request.node = &node;
+    request.cluster_id = (char *)rk_service_cluster();
     struct ProtobufCMessage *message = NULL;
     enum rk_status status =
         rk_rpc_unary(membership->channel, "/redknot.v1.Coordinator/RegisterNode", &request.base,

@@ -3,12 +3,14 @@
 
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
+#include "common/base/service.h"
 #include "common/base/text.h"
 #include "common/rpc/rpc.h"
 #include "redknot/v1/worker.pb-c.h"
 
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #define GENERATE_TOKENS_DEFAULT 128
 #define TEXT_BYTES_MAX          (32u << 20)
@@ -644,6 +646,8 @@ static enum rk_status handle_status(struct rk_rpc_call *call, void *context, str
     reply.requests_active = load.active;
     reply.requests_queued = load.queued;
     reply.version = (char *)REDKNOT_VERSION;
+    reply.cluster_id = (char *)rk_service_cluster();
+    reply.pid = (uint32_t)getpid();
     return rk_rpc_call_send(call, &reply.base);
 }
 

@@ -176,6 +176,23 @@ static void signals_end_a_daemon_in_order(void **state)
     assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 2);
 }
 
+static void a_cluster_has_a_plain_id(void **state)
+{
+    (void)state;
+    static const char *const wrong[] = {
+        "", "a b", "a\n", "../x",
+        "12345678901234567890123456789012345678901234567890123456789012345"};
+    struct rk_error error;
+    assert_string_equal(rk_service_cluster(), "");
+    for (size_t i = 0; i < sizeof(wrong) / sizeof(wrong[0]); i++) {
+        assert_int_equal(rk_service_cluster_set(wrong[i], &error), RK_ERR_INVALID);
+        assert_non_null(strstr(error.text, "--cluster"));
+    }
+    assert_string_equal(rk_service_cluster(), "");
+    assert_int_equal(rk_service_cluster_set("0a-B_9", &error), RK_OK);
+    assert_string_equal(rk_service_cluster(), "0a-B_9");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -183,6 +200,7 @@ int main(void)
         cmocka_unit_test(wrong_sizes_are_refused_with_a_reason),
         cmocka_unit_test(nodes_have_names_of_their_own),
         cmocka_unit_test(incarnations_differ),
+        cmocka_unit_test(a_cluster_has_a_plain_id),
         cmocka_unit_test(signals_end_a_daemon_in_order),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
