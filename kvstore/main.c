@@ -442,8 +442,9 @@ static void process_stop(struct process *process)
         rk_rpc_server_stop(process->rpc, STOP_GRACE_MS);
     }
     rk_rpc_server_destroy(process->rpc);
-    rk_shm_server_stop(process->shm);
     rk_ucx_server_stop(process->ucx);
+    /* The last that can write has ended: what readers still look at is given to nobody any more. */
+    rk_shm_server_stop(process->shm);
     upkeep_stop(process->upkeep);
     rk_metrics_server_stop(process->metrics);
     bool pinned = process->store != NULL;

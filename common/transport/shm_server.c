@@ -4,6 +4,13 @@
  * A connection has at most one reply under way; until the reader has taken it,
  * nothing more is read from that connection, so a flood fills only the
  * reader's own socket buffer.
+ *
+ * A pin ends when its reader gives it back or is gone, never because of what
+ * the reader said: it goes on reading what it has mapped, and nobody would tell
+ * it that the room is another's by then. So only POLLHUP, the closing of the
+ * reader's end by itself or by its death, closes a connection with its pins.
+ * Whoever breaks the protocol is no longer read from and no longer answered
+ * (its end sees the end of the stream), and keeps its pins until it closes.
  */
 #include "common/transport/spin_internal.h"
 #include "common/transport/wire_internal.h"
@@ -26,7 +33,6 @@
 #include <unistd.h>
 
 #define IN_BYTES_FIRST 4096u
-#define REFUSALS_MAX   64u /* gets over pins_max in a row: such a reader does not listen */
 #define READS_A_TURN   16u /* then the other readers come first */
 #define OUTBOX_MAX     (64u << 20)
 #define IN_KEPT_MAX    (1u << 20) /* a larger request's memory is given back */
@@ -39,6 +45,7 @@ struct pin {
 struct connection {
     int fd; /* -1: free */
     bool greeted;
+    bool quiet; /* neither read from nor answered; only its pins are kept */
     uint8_t *in;
     size_t in_room;
     size_t in_bytes;
@@ -47,7 +54,6 @@ struct connection {
     struct pin *pins;
     uint32_t pins_room;
     uint32_t pins_used;
-    uint32_t refusals;
     int fd_received; /* beside the bytes, not used yet; -1: none */
     const uint8_t *outbox;
     uint64_t outbox_bytes;
@@ -135,22 +141,51 @@ static void close_if_open(int fd)
     }
 }
 
-static void connection_close(struct rk_shm_server *server, struct connection *connection,
+/* All that a reader's requests need; its pins stay. */
+static void requests_end(struct connection *connection)
+{
+    close_if_open(connection->fd_received);
+    connection->fd_received = -1;
+    rk_intake_destroy(connection->intake);
+    connection->intake = NULL;
+    if (connection->outbox) {
+        munmap((void *)(uintptr_t)connection->outbox, connection->outbox_bytes);
+        connection->outbox = NULL;
+    }
+    rk_free(connection->in);
+    connection->in = NULL;
+    connection->in_room = connection->in_bytes = 0;
+    rk_free(connection->out.data);
+    connection->out = (struct wire_buffer){.bytes = 0};
+    connection->out_begin = 0;
+}
+
+/* Its reader is gone, or the server ends. */
+static void connection_close(struct rk_shm_server *server, struct connection *connection)
+{
+    requests_end(connection);
+    close(connection->fd);
+    pins_release(server, connection);
+    *connection = (struct connection){.fd = -1, .fd_received = -1};
+}
+
+/* why NULL: it ended its side, which says nothing of what it still reads. Our own side stays open
+ * then, for with both ended a closed peer and a living one look alike. */
+static void connection_quiet(struct rk_shm_server *server, struct connection *connection,
                              const char *why)
 {
     if (why) {
         RK_LOG_WARN("shm_reader_dropped", "reason=%q pins=%u", why, connection->pins_used);
     }
-    close(connection->fd);
-    close_if_open(connection->fd_received);
-    pins_release(server, connection);
-    rk_intake_destroy(connection->intake);
-    if (connection->outbox) {
-        munmap((void *)(uintptr_t)connection->outbox, connection->outbox_bytes);
+    if (connection->pins_used == 0) {
+        connection_close(server, connection);
+        return;
     }
-    rk_free(connection->in);
-    rk_free(connection->out.data);
-    *connection = (struct connection){.fd = -1, .fd_received = -1};
+    if (why) {
+        (void)shutdown(connection->fd, SHUT_WR);
+    }
+    requests_end(connection);
+    connection->quiet = true;
 }
 
 static bool peer_allowed(int fd)
@@ -269,13 +304,11 @@ static uint64_t item_pin(struct rk_shm_server *server, struct connection *connec
     struct rk_error error = {.text = ""};
     struct rk_found found = {.pin = NULL};
     struct pin *slot = pin_slot(server, connection);
-    if (!slot) {
-        connection->refusals++;
+    if (!slot) { /* An answer, however often: it asked for too much, and what it has it keeps. */
         wire_failure_append(&connection->out, RK_ERR_FULL,
                             "this connection holds its maximum of pins");
         return 0;
     }
-    connection->refusals = 0;
     enum rk_status status =
         server->options.ops->pin(server->options.context, RK_PATH_SHM, get, pages_max,
                                  server->offsets, server->checksums, &found, &error);
@@ -307,10 +340,6 @@ static enum rk_status handle_get(struct rk_shm_server *server, struct connection
     wire_append_count(&connection->out, (uint32_t)count);
     for (size_t i = 0; i < count; i++) {
         pages_left -= item_pin(server, connection, &server->gets[i], pages_left);
-    }
-    if (connection->refusals > REFUSALS_MAX) {
-        *ret_why = "too many gets without a release";
-        return RK_ERR_INVALID;
     }
     return reply_end(connection, SHM_FOUND, frame->header.request_id, at);
 }
@@ -546,6 +575,10 @@ static enum rk_status read_some(struct connection *connection, size_t needed)
 
 static void serve(struct rk_shm_server *server, struct connection *connection, short events)
 {
+    if (events & POLLHUP) {
+        connection_close(server, connection);
+        return;
+    }
     const char *why = NULL;
     enum rk_status status = RK_OK;
     size_t needed = sizeof(struct shm_frame_header);
@@ -565,7 +598,7 @@ static void serve(struct rk_shm_server *server, struct connection *connection, s
         why = "out of memory";
     }
     if (status != RK_OK && status != RK_ERR_BUSY) {
-        connection_close(server, connection, why);
+        connection_quiet(server, connection, why);
     }
 }
 
@@ -581,9 +614,10 @@ static uint32_t polls_fill(struct rk_shm_server *server)
             continue;
         }
         server->polled[count] = connection;
-        /* With a reply under way only its end matters. */
-        server->polls[2 + count++] = (struct pollfd){
-            .fd = connection->fd, .events = connection->out.bytes > 0 ? POLLOUT : POLLIN};
+        /* With a reply under way only its end matters; poll reports POLLHUP unasked. */
+        short events = connection->out.bytes > 0 ? POLLOUT : POLLIN;
+        server->polls[2 + count++] =
+            (struct pollfd){.fd = connection->fd, .events = connection->quiet ? 0 : events};
     }
     return count;
 }
@@ -794,7 +828,7 @@ void rk_shm_server_stop(struct rk_shm_server *server)
         RK_ASSERT(pthread_join(server->thread, NULL) == 0);
         for (uint32_t i = 0; i < server->options.connections_max; i++) {
             if (server->connections[i].fd >= 0) {
-                connection_close(server, &server->connections[i], NULL);
+                connection_close(server, &server->connections[i]);
             }
         }
     }

@@ -198,7 +198,9 @@ struct rk_shm_server_options {
 RK_MUST_CHECK enum rk_status rk_shm_server_start(const struct rk_shm_server_options *options,
                                                  struct rk_shm_server **ret_server,
                                                  struct rk_error *error);
-void rk_shm_server_stop(struct rk_shm_server *server); /* unpins all; accepts NULL */
+/* Unpins all, also what readers go on reading: nothing may be written into the arena after it.
+ * Accepts NULL. */
+void rk_shm_server_stop(struct rk_shm_server *server);
 
 struct rk_ucx_server;
 

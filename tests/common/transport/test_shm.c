@@ -367,27 +367,112 @@ static void rubbish_drops_only_its_sender(void **state)
     rk_transport_destroy(good);
 }
 
-static void a_flood_is_ended(void **state)
+/* One whole reply, whose request had one item; its status' name. */
+static void raw_reply(int fd, char ret_text[WIRE_TEXT_MAX])
+{
+    struct shm_frame_header header;
+    struct wire_found found;
+    uint8_t body[4096];
+    struct wire_reader reader = {body, 0};
+    uint32_t count = 0;
+    assert_int_equal(recv(fd, &header, sizeof(header), MSG_WAITALL), sizeof(header));
+    assert_int_equal(header.type, SHM_FOUND);
+    assert_true(header.body_bytes <= sizeof(body));
+    assert_int_equal(recv(fd, body, header.body_bytes, MSG_WAITALL), header.body_bytes);
+    reader.left = header.body_bytes;
+    assert_true(wire_take(&reader, &count, sizeof(count)) && count == 1);
+    assert_true(wire_take(&reader, &found, sizeof(found)));
+    ret_text[0] = '\0';
+    if (found.text_bytes > 0) {
+        assert_true(found.text_bytes < WIRE_TEXT_MAX && found.text_bytes == reader.left);
+        memcpy(ret_text, reader.at, found.text_bytes);
+        ret_text[found.text_bytes] = '\0';
+        ret_text[strcspn(ret_text, " ")] = '\0';
+    }
+}
+
+struct raw_get {
+    struct shm_frame_header header;
+    uint32_t num_items;
+    struct wire_get body;
+    struct rk_extent extent;
+} __attribute__((packed));
+
+static struct raw_get raw_get_all(void)
+{
+    struct raw_get frame = {.num_items = 1, .body = {.num_extents = 1, .generation = 1}};
+    shm_header_fill(&frame.header, SHM_GET, 1, sizeof(frame) - sizeof(frame.header));
+    frame.body.page_bytes = PAGE_BYTES;
+    frame.extent.page_end = NUM_PAGES / 4;
+    return frame;
+}
+
+/* Each gets its answer, the first ones their pins; a refusal never costs what was pinned before. */
+static void a_flood_is_answered(void **state)
 {
     struct arena *arena = *state;
     int fd = raw_connect(arena);
-    struct {
-        struct shm_frame_header header;
-        uint32_t num_items;
-        struct wire_get body;
-        struct rk_extent extent;
-    } __attribute__((packed)) frame = {.num_items = 1, .body = {.num_extents = 1, .generation = 1}};
-    shm_header_fill(&frame.header, SHM_GET, 1, sizeof(frame) - sizeof(frame.header));
-    frame.body.page_bytes = PAGE_BYTES;
-    frame.extent.page_end = NUM_PAGES;
+    const struct raw_get frame = raw_get_all();
+    char text[WIRE_TEXT_MAX];
     raw_hello(fd);
+    for (int i = 0; i < 50; i++) {
+        assert_int_equal(send(fd, &frame, sizeof(frame), MSG_NOSIGNAL), sizeof(frame));
+    }
     for (int i = 0; i < 200; i++) {
-        if (send(fd, &frame, sizeof(frame), MSG_NOSIGNAL) < 0) {
+        raw_reply(fd, text);
+        assert_string_equal(text, i < 4 ? "" : rk_status_name(RK_ERR_FULL));
+        if (i < 150) {
+            assert_int_equal(send(fd, &frame, sizeof(frame), MSG_NOSIGNAL), sizeof(frame));
+        }
+        assert_true(i < 4 || atomic_load(&arena->pages.pins) == 4);
+    }
+    close(fd);
+    pins_become(arena, 0);
+}
+
+/* It goes on reading what it has mapped, whatever it said: its pins end with it alone. */
+static void pins_outlive_a_protocol_error(void **state)
+{
+    struct arena *arena = *state;
+    for (int kind = 0; kind < 4; kind++) {
+        int fd = raw_connect(arena);
+        const struct raw_get good = raw_get_all();
+        struct raw_get bad = good;
+        char text[WIRE_TEXT_MAX];
+        char byte = 0;
+        raw_hello(fd);
+        for (int i = 0; i < 3; i++) {
+            assert_int_equal(send(fd, &good, sizeof(good), MSG_NOSIGNAL), sizeof(good));
+            raw_reply(fd, text);
+        }
+        assert_int_equal(atomic_load(&arena->pages.pins), 3);
+        switch (kind) {
+        case 0:
+            memset(&bad, 0xee, sizeof(bad));
+            break;
+        case 1:
+            bad.header.type = SHM_RELEASE;
+            break;
+        case 2:
+            bad.body.num_extents = UINT32_MAX;
+            break;
+        default:
+            assert_int_equal(shutdown(fd, SHUT_WR), 0); /* An end that is half closed lives. */
             break;
         }
+        if (kind < 3) {
+            assert_int_equal(send(fd, &bad, sizeof(bad), MSG_NOSIGNAL), sizeof(bad));
+            assert_int_equal(recv(fd, &byte, 1, 0), 0); /* It is told. */
+            (void)send(fd, &good, sizeof(good), MSG_NOSIGNAL);
+        }
+        struct rk_transport *other = reader_connect(arena); /* After it was dealt with. */
+        assert_non_null(other);
+        rk_clock_sleep_ms(50);
+        assert_int_equal(atomic_load(&arena->pages.pins), 3);
+        rk_transport_destroy(other);
+        close(fd);
+        pins_become(arena, 0);
     }
-    is_dropped(fd);
-    pins_become(arena, 0);
 }
 
 static void random_bytes_never_crash(void **state)
@@ -538,7 +623,8 @@ int main(void)
         SERVED(a_killed_reader_lets_go),
         SERVED(pins_and_connections_are_bounded),
         SERVED(rubbish_drops_only_its_sender),
-        SERVED(a_flood_is_ended),
+        SERVED(a_flood_is_answered),
+        SERVED(pins_outlive_a_protocol_error),
         SERVED(random_bytes_never_crash),
         SERVED(the_socket_is_private_and_single),
         ALONE(a_stopped_store_is_a_miss_in_time),
