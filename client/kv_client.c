@@ -4,7 +4,6 @@
 #include "common/base/log.h"
 #include "common/rpc/origin_message.h"
 
-#include <stdatomic.h>
 #include <string.h>
 
 enum rk_status rk_kv_client_create(const struct rk_kv_client_options *options,
@@ -15,7 +14,9 @@ enum rk_status rk_kv_client_create(const struct rk_kv_client_options *options,
         return rk_error_set(error, RK_ERR_NO_MEMORY, "making a KV client: out of memory");
     }
     client->timeout_ms = options->timeout_ms > 0 ? options->timeout_ms : RK_KV_TIMEOUT_MS;
-    enum rk_status status = rk_kv_pool_create(options->path, &client->pool);
+    RK_ASSERT(pthread_mutex_init(&client->lock, NULL) == 0);
+    const struct rk_kv_pool_options pool = {.path = options->path};
+    enum rk_status status = rk_kv_pool_create(&pool, &client->pool);
     if (status != RK_OK) {
         (void)rk_error_set(error, status, "making a KV client: %s", rk_status_text(status));
         goto fail;
@@ -44,6 +45,7 @@ void rk_kv_client_destroy(struct rk_kv_client *client)
     }
     rk_rpc_channel_destroy(client->coordinator);
     rk_kv_pool_destroy(client->pool);
+    (void)pthread_mutex_destroy(&client->lock);
     rk_free(client->address);
     rk_free(client);
 }
@@ -52,6 +54,58 @@ struct rk_until rk_kv_metadata_until(const struct rk_kv_client *client,
                                      const struct rk_until *until)
 {
     return rk_until_sooner(until, rk_deadline_in_ms(client->timeout_ms));
+}
+
+/* False: the coordinator did not answer a moment ago. Who asks after that asks alone. */
+static bool coordinator_may_ask(struct rk_kv_client *client)
+{
+    (void)pthread_mutex_lock(&client->lock);
+    bool may = client->coordinator_failures == 0 || rk_clock_ns() >= client->coordinator_retry_ns;
+    if (may && client->coordinator_failures > 0) {
+        client->coordinator_retry_ns = rk_deadline_in_ms(client->timeout_ms);
+    }
+    (void)pthread_mutex_unlock(&client->lock);
+    return may;
+}
+
+static void coordinator_asked(struct rk_kv_client *client, enum rk_status status, int64_t begin_ns,
+                              const struct rk_error *why)
+{
+    bool late = rk_clock_ns() - begin_ns > RK_KV_HURRY_MS * INT64_C(1000000);
+    (void)pthread_mutex_lock(&client->lock);
+    if (status == RK_ERR_UNAVAILABLE || (status == RK_ERR_DEADLINE && late)) {
+        int64_t pause_ms = rk_kv_backoff_ms(client->coordinator_failures);
+        if (client->coordinator_failures++ == 0) {
+            RK_LOG_WARN("coordinator_down", "coordinator=%q status=%s reason=%q", client->address,
+                        rk_status_name(status), why->text);
+        }
+        client->coordinator_retry_ns = rk_deadline_in_ms(pause_ms);
+    } else if (status == RK_ERR_DEADLINE || status == RK_ERR_CANCELLED) {
+        client->coordinator_retry_ns = 0; /* It learned nothing: the next one may ask. */
+    } else {
+        client->coordinator_failures = 0;
+    }
+    (void)pthread_mutex_unlock(&client->lock);
+}
+
+enum rk_status rk_kv_coordinator_call(struct rk_kv_client *client, const char *path,
+                                      const ProtobufCMessage *request,
+                                      const ProtobufCMessageDescriptor *type,
+                                      const struct rk_until *until, ProtobufCMessage **ret_reply,
+                                      struct rk_error *error)
+{
+    if (!coordinator_may_ask(client)) {
+        return rk_error_set(error, RK_ERR_UNAVAILABLE, "it did not answer a moment ago");
+    }
+    int64_t begin_ns = rk_clock_ns();
+    struct rk_error why = {.text = ""};
+    enum rk_status status =
+        rk_rpc_unary_until(client->coordinator, path, request, type, until, ret_reply, &why);
+    coordinator_asked(client, status, begin_ns, &why);
+    if (error && status != RK_OK) {
+        *error = why;
+    }
+    return status;
 }
 
 void rk_kv_endpoint_clear(struct rk_kv_endpoint *endpoint)
@@ -250,20 +304,10 @@ static enum rk_status locate_batch(struct rk_kv_client *client, const struct rk_
     request.with_token_ids = with_token_ids;
 
     struct rk_error why = {.status = RK_OK};
-    enum rk_status status = RK_ERR_UNAVAILABLE;
-    if (rk_clock_ns() >= atomic_load(&client->coordinator_down_until_ns)) {
-        struct rk_until soon = rk_kv_metadata_until(client, until);
-        status = rk_rpc_unary_until(client->coordinator, "/redknot.v1.Coordinator/Locate",
-                                    &request.base, &redknot__v1__locate_reply__descriptor, &soon,
-                                    (ProtobufCMessage **)&reply, &why);
-        if (status == RK_ERR_UNAVAILABLE || status == RK_ERR_DEADLINE) {
-            atomic_store(&client->coordinator_down_until_ns, rk_deadline_in_ms(RK_KV_BACKOFF_MS));
-        }
-        if (status != RK_OK) {
-            RK_LOG_WARN("locate_failed", "coordinator=%q status=%s reason=%q", client->address,
-                        rk_status_name(status), why.text);
-        }
-    }
+    struct rk_until soon = rk_kv_metadata_until(client, until);
+    enum rk_status status = rk_kv_coordinator_call(
+        client, "/redknot.v1.Coordinator/Locate", &request.base,
+        &redknot__v1__locate_reply__descriptor, &soon, (ProtobufCMessage **)&reply, &why);
     rk_free(names);
     if (status == RK_ERR_CANCELLED) {
         return rk_error_set(error, status, "locating segments: %s", why.text);
@@ -332,8 +376,8 @@ enum rk_status rk_kv_drop(struct rk_kv_client *client, const struct rk_id *ids, 
         request.n_segment_ids = count;
         request.segment_ids = names;
         struct rk_until soon = rk_kv_metadata_until(client, until);
-        enum rk_status status = rk_rpc_unary_until(
-            client->coordinator, "/redknot.v1.Coordinator/Drop", &request.base,
+        enum rk_status status = rk_kv_coordinator_call(
+            client, "/redknot.v1.Coordinator/Drop", &request.base,
             &redknot__v1__drop_reply__descriptor, &soon, (ProtobufCMessage **)&reply, error);
         rk_free(names);
         if (status != RK_OK) {

@@ -110,12 +110,8 @@ static enum rk_status shard_get(struct rk_kv_client *client, const struct rk_kv_
         struct hold_part part = {.connection = NULL};
         get->generation = replica->generation;
         get->shard_index = replica->shard_index;
-        status =
-            rk_kv_pool_acquire(client->pool, &replica->endpoint, until, &part.connection, error);
-        if (status == RK_OK) {
-            status = rk_kv_pool_get(client->pool, part.connection, get, 1, until, &part.pages,
-                                    &part.path, error);
-        }
+        status = rk_kv_pool_get(client->pool, &replica->endpoint, get, 1, until, &part.pages,
+                                &part.path, &part.connection, error);
         if (status == RK_OK && part.pages.status == RK_OK) {
             *ret_part = part;
             return RK_OK;

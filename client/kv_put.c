@@ -76,11 +76,7 @@ static enum rk_status shard_write(struct rk_kv_client *client, struct rk_put *pu
                                   const struct rk_kv_endpoint *endpoint,
                                   const struct rk_until *until, struct rk_error *error)
 {
-    struct rk_kv_connection *connection = NULL;
-    enum rk_status status = rk_kv_pool_acquire(client->pool, endpoint, until, &connection, error);
-    if (status == RK_OK) {
-        status = rk_kv_pool_put(client->pool, connection, put, 1, until, error);
-    }
+    enum rk_status status = rk_kv_pool_put(client->pool, endpoint, put, 1, until, error);
     return status == RK_OK ? put->status : status;
 }
 
@@ -151,9 +147,9 @@ static enum rk_status place(struct rk_kv_client *client, const struct rk_kv_put 
         request.origin = &origin;
     }
     struct rk_until soon = rk_kv_metadata_until(client, until);
-    enum rk_status status = rk_rpc_unary_until(client->coordinator, "/redknot.v1.Coordinator/Place",
-                                               &request.base, &redknot__v1__place_reply__descriptor,
-                                               &soon, (ProtobufCMessage **)ret_reply, error);
+    enum rk_status status = rk_kv_coordinator_call(
+        client, "/redknot.v1.Coordinator/Place", &request.base,
+        &redknot__v1__place_reply__descriptor, &soon, (ProtobufCMessage **)ret_reply, error);
     if (status != RK_OK) {
         rk_error_prefix(error, "placing a segment at coordinator %s", client->address);
     }
@@ -169,8 +165,8 @@ static enum rk_status commit(struct rk_kv_client *client, const struct rk_kv_put
     request.segment_id = (ProtobufCBinaryData){RK_ID_BYTES, (uint8_t *)put->segment_id.bytes};
     request.generation = generation;
     enum rk_status status =
-        rk_rpc_unary_until(client->coordinator, "/redknot.v1.Coordinator/Commit", &request.base,
-                           &redknot__v1__commit_reply__descriptor, until, &reply, error);
+        rk_kv_coordinator_call(client, "/redknot.v1.Coordinator/Commit", &request.base,
+                               &redknot__v1__commit_reply__descriptor, until, &reply, error);
     rk_rpc_message_free(reply);
     if (status != RK_OK) {
         rk_error_prefix(error, "committing a segment at coordinator %s", client->address);
@@ -184,11 +180,12 @@ static void abort_put(struct rk_kv_client *client, const struct rk_kv_put *put, 
     Redknot__V1__AbortRequest request = REDKNOT__V1__ABORT_REQUEST__INIT;
     ProtobufCMessage *reply = NULL;
     struct rk_error why = {.status = RK_OK};
+    const struct rk_until until = {.deadline_ns = rk_deadline_in_ms(ABORT_TIMEOUT_MS)};
     request.segment_id = (ProtobufCBinaryData){RK_ID_BYTES, (uint8_t *)put->segment_id.bytes};
     request.generation = generation;
     enum rk_status status =
-        rk_rpc_unary(client->coordinator, "/redknot.v1.Coordinator/Abort", &request.base,
-                     &redknot__v1__abort_reply__descriptor, ABORT_TIMEOUT_MS, &reply, &why);
+        rk_kv_coordinator_call(client, "/redknot.v1.Coordinator/Abort", &request.base,
+                               &redknot__v1__abort_reply__descriptor, &until, &reply, &why);
     rk_rpc_message_free(reply);
     if (status != RK_OK) {
         RK_LOG_WARN("abort_failed", "coordinator=%q reason=%q", client->address, why.text);

@@ -47,7 +47,8 @@ enum rk_status rk_values_create(const struct rk_values_options *options,
     values->timeout_ms = options->timeout_ms > 0 ? options->timeout_ms : VALUES_TIMEOUT_MS;
     status = stores_create(options->coordinator, &values->stores, error);
     if (status == RK_OK) {
-        status = rk_kv_pool_create(path, &values->pool);
+        const struct rk_kv_pool_options pool = {.path = path};
+        status = rk_kv_pool_create(&pool, &values->pool);
     }
     if (status == RK_OK) {
         status = operations_create(values, threads, operations_max, &values->operations, error);
@@ -166,14 +167,6 @@ static void call_run(struct call *call, call_batch batch, void *context)
     }
 }
 
-static enum rk_status connection_get(struct call *call, const struct store *store,
-                                     struct rk_kv_connection **ret_connection,
-                                     struct rk_error *error)
-{
-    return rk_kv_pool_acquire(call->values->pool, &store->endpoint, &call->until, ret_connection,
-                              error);
-}
-
 /* The text of the first item that failed is the call's. */
 static void error_keep(struct call *call, const struct store *store, const struct rk_error *why)
 {
@@ -262,16 +255,12 @@ static void put_at(struct call *call, const struct store *store, const size_t *i
                    void *context)
 {
     struct rk_value_put *puts = context;
-    struct rk_kv_connection *connection = NULL;
     struct rk_error why = {.text = ""};
     struct put_batch *batch = put_batch_make(puts, items, count);
     enum rk_status status = batch ? RK_OK : RK_ERR_NO_MEMORY;
     if (status == RK_OK) {
-        status = connection_get(call, store, &connection, &why);
-    }
-    if (status == RK_OK) {
-        status =
-            rk_kv_pool_put(call->values->pool, connection, batch->puts, count, &call->until, &why);
+        status = rk_kv_pool_put(call->values->pool, &store->endpoint, batch->puts, count,
+                                &call->until, &why);
     }
     for (size_t i = 0; i < count; i++) {
         struct rk_value_put *put = &puts[items[i]];
@@ -338,6 +327,7 @@ static void get_at(struct call *call, const struct store *store, const size_t *i
     struct rk_kv_connection *connection = NULL;
     struct rk_error why = {.text = ""};
     enum rk_path path = RK_PATH_NONE;
+    RK_ASSERT(count > 0 && count <= RK_TRANSPORT_ITEMS_MAX);
     for (size_t i = 0; i < count; i++) {
         const struct rk_value_get *get = &all[items[i]];
         gets[i] = (struct rk_get){.id = call->ids[items[i]],
@@ -345,11 +335,8 @@ static void get_at(struct call *call, const struct store *store, const size_t *i
                                   .bytes_max = get->buffer_bytes,
                                   .verify = true};
     }
-    enum rk_status status = connection_get(call, store, &connection, &why);
-    if (status == RK_OK) {
-        status = rk_kv_pool_get(call->values->pool, connection, gets, count, &call->until, pages,
-                                &path, &why);
-    }
+    enum rk_status status = rk_kv_pool_get(call->values->pool, &store->endpoint, gets, count,
+                                           &call->until, pages, &path, &connection, &why);
     for (size_t i = 0; i < count; i++) {
         struct rk_value_get *get = &all[items[i]];
         enum rk_status item = rk_kv_as_miss(status == RK_OK ? pages[i].status : status);
@@ -477,11 +464,8 @@ static void view_at(struct call *call, const struct store *store, const size_t *
             .id = call->ids[items[i]], .bytes_max = RK_VALUE_BYTES_MAX, .verify = true};
     }
     if (status == RK_OK) {
-        status = connection_get(call, store, &held->connection, &why);
-    }
-    if (status == RK_OK) {
-        status = rk_kv_pool_get(call->values->pool, held->connection, gets, count, &call->until,
-                                held->pages, &path, &why);
+        status = rk_kv_pool_get(call->values->pool, &store->endpoint, gets, count, &call->until,
+                                held->pages, &path, &held->connection, &why);
     }
     for (size_t i = 0; i < count; i++) {
         struct rk_value_view *view = &all->views[items[i]];
@@ -551,11 +535,11 @@ struct flags_call {
 };
 
 typedef enum rk_status (*flags_ask)(struct rk_rpc_channel *channel, ProtobufCBinaryData *ids,
-                                    size_t count, int timeout_ms, bool *ret_flags,
+                                    size_t count, const struct rk_until *until, bool *ret_flags,
                                     struct rk_error *error);
 
 static enum rk_status exists_ask(struct rk_rpc_channel *channel, ProtobufCBinaryData *ids,
-                                 size_t count, int timeout_ms, bool *ret_flags,
+                                 size_t count, const struct rk_until *until, bool *ret_flags,
                                  struct rk_error *error)
 {
     Redknot__V1__HasValuesRequest request = REDKNOT__V1__HAS_VALUES_REQUEST__INIT;
@@ -563,8 +547,8 @@ static enum rk_status exists_ask(struct rk_rpc_channel *channel, ProtobufCBinary
     request.n_ids = count;
     request.ids = ids;
     enum rk_status status =
-        rk_rpc_unary(channel, "/redknot.v1.KvStore/HasValues", &request.base,
-                     &redknot__v1__has_values_reply__descriptor, timeout_ms, &message, error);
+        rk_rpc_unary_until(channel, "/redknot.v1.KvStore/HasValues", &request.base,
+                           &redknot__v1__has_values_reply__descriptor, until, &message, error);
     if (status != RK_OK) {
         return status;
     }
@@ -577,7 +561,7 @@ static enum rk_status exists_ask(struct rk_rpc_channel *channel, ProtobufCBinary
 }
 
 static enum rk_status drop_ask(struct rk_rpc_channel *channel, ProtobufCBinaryData *ids,
-                               size_t count, int timeout_ms, bool *ret_flags,
+                               size_t count, const struct rk_until *until, bool *ret_flags,
                                struct rk_error *error)
 {
     Redknot__V1__DropValuesRequest request = REDKNOT__V1__DROP_VALUES_REQUEST__INIT;
@@ -585,8 +569,8 @@ static enum rk_status drop_ask(struct rk_rpc_channel *channel, ProtobufCBinaryDa
     request.n_ids = count;
     request.ids = ids;
     enum rk_status status =
-        rk_rpc_unary(channel, "/redknot.v1.KvStore/DropValues", &request.base,
-                     &redknot__v1__drop_values_reply__descriptor, timeout_ms, &message, error);
+        rk_rpc_unary_until(channel, "/redknot.v1.KvStore/DropValues", &request.base,
+                           &redknot__v1__drop_values_reply__descriptor, until, &message, error);
     if (status != RK_OK) {
         return status;
     }
@@ -608,11 +592,15 @@ static enum rk_status flags_at(struct call *call, const struct store *store, fla
     for (size_t i = 0; i < count; i++) {
         ids[i] = (ProtobufCBinaryData){RK_ID_BYTES, call->ids[items[i]].bytes};
     }
+    struct rk_kv_ask asked;
     enum rk_status status =
         stores_channel(&call->values->stores, store->endpoint.address, &channel, &why);
     if (status == RK_OK) {
-        status =
-            ask(channel, ids, count, rk_deadline_left_ms(call->until.deadline_ns), ret_flags, &why);
+        status = rk_kv_pool_ask_begin(call->values->pool, &store->endpoint, &asked, &why);
+    }
+    if (status == RK_OK) {
+        status = ask(channel, ids, count, &call->until, ret_flags, &why);
+        status = rk_kv_pool_ask_end(call->values->pool, &asked, status, &call->until, &why);
     }
     if (status != RK_OK) {
         why.status = status;

@@ -105,6 +105,16 @@ enum rk_path rk_transport_path(const struct rk_transport *transport)
     return transport->ops->path;
 }
 
+enum rk_path rk_transport_nearest(const struct rk_transport_endpoint *endpoint)
+{
+    for (size_t i = 0; i < NUM_PATHS; i++) {
+        if (paths[i]->reachable(endpoint)) {
+            return paths[i]->path;
+        }
+    }
+    return RK_PATH_NONE;
+}
+
 static bool get_sensible(const struct rk_get *get, uint64_t *pages)
 {
     uint64_t mine = 0;

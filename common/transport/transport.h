@@ -103,6 +103,8 @@ RK_MUST_CHECK enum rk_status rk_transport_connect_until(
     const struct rk_transport_endpoint *endpoint, enum rk_path path, const struct rk_until *until,
     struct rk_transport **ret_transport, struct rk_error *error);
 enum rk_path rk_transport_path(const struct rk_transport *transport);
+/* The path that would be tried first; RK_PATH_NONE: there is none. */
+enum rk_path rk_transport_nearest(const struct rk_transport_endpoint *endpoint);
 /*
  * RK_OK: the store answered; each item's status says what it said, and error has the text of the
  * first that failed. Else no item has pages: RK_ERR_DEADLINE, RK_ERR_CANCELLED,
