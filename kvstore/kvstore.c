@@ -1,5 +1,7 @@
 #include "kvstore/kvstore_internal.h"
 
+#include "common/transport/transport.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
@@ -138,8 +140,30 @@ void kvstore_staged_take(struct kvstore *store, struct kvstore_shard *shard)
     store->stats.num_staged--;
 }
 
+/* Unique within this memory, which no other run of the store shares. */
+static void seal_make(struct kvstore *store, struct kvstore_shard *shard)
+{
+    uint64_t index = 0;
+    shard->seal = ++store->last_seal;
+    (void)kvstore_shard_seal(shard, &index);
+    /* Readers hear of it by a pin, whose answer is behind this. */
+    atomic_store_explicit(&store->seals[index], shard->seal, memory_order_release);
+}
+
+void kvstore_seal_break(struct kvstore *store, const struct kvstore_shard *shard)
+{
+    uint64_t index = 0;
+    if (kvstore_shard_seal(shard, &index) == 0) {
+        return; /* It was never committed: nobody reads it. */
+    }
+    atomic_store_explicit(&store->seals[index], 0, memory_order_relaxed);
+    /* Whoever reads a byte that is written after this reads a broken seal after it. */
+    atomic_thread_fence(memory_order_seq_cst);
+}
+
 void kvstore_committed_add(struct kvstore *store, struct kvstore_shard *shard)
 {
+    seal_make(store, shard);
     shard->state = SHARD_COMMITTED;
     shard->slot->committed = shard;
     list_append(&store->committed, shard, links_all);
@@ -164,6 +188,9 @@ void kvstore_shard_reap(struct kvstore *store, struct kvstore_shard *shard)
 {
     if (shard->state != SHARD_GONE || shard->pins > 0 || store->scrubbing == shard) {
         return;
+    }
+    if (shard->num_runs > 0) {
+        kvstore_seal_break(store, shard);
     }
     for (uint32_t i = 0; i < shard->num_runs; i++) {
         space_free(store->space, shard->runs[i].granule_begin, shard->runs[i].granules);
@@ -296,7 +323,7 @@ static enum rk_status reserve(int fd, uint64_t bytes, struct rk_error *error)
 
 static enum rk_status arena_create(struct kvstore *store, struct rk_error *error)
 {
-    uint64_t bytes = store->options.dram_bytes;
+    uint64_t bytes = store->options.dram_bytes + rk_seals_bytes(kvstore_num_seals(store));
     store->fd = memfd_create("redknot-arena", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (store->fd < 0 || ftruncate(store->fd, (off_t)bytes) != 0) {
         return rk_error_set(error, RK_ERR_NO_MEMORY, "cannot make an arena of %llu bytes: %s",
@@ -311,6 +338,7 @@ static enum rk_status arena_create(struct kvstore *store, struct rk_error *error
         return rk_error_set(error, RK_ERR_NO_MEMORY, "cannot map the arena: %s", strerror(errno));
     }
     store->arena = arena;
+    store->seals = (_Atomic uint64_t *)(void *)(store->arena + store->options.dram_bytes);
     /* From here on nobody else can write, and no reader can be cut off by a shrinking file. */
     int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL;
     if (fcntl(store->fd, F_ADD_SEALS, seals) != 0) {
@@ -375,7 +403,7 @@ void kvstore_destroy(struct kvstore *store)
         kvstore_shard_remove(store, store->staged.head);
     }
     if (store->arena) {
-        munmap(store->arena, store->options.dram_bytes);
+        munmap(store->arena, store->options.dram_bytes + rk_seals_bytes(kvstore_num_seals(store)));
     }
     if (store->fd >= 0) {
         close(store->fd);
@@ -402,6 +430,11 @@ const void *kvstore_arena(const struct kvstore *store)
 uint64_t kvstore_arena_bytes(const struct kvstore *store)
 {
     return store->options.dram_bytes;
+}
+
+uint64_t kvstore_num_seals(const struct kvstore *store)
+{
+    return store->options.dram_bytes / KVSTORE_GRANULE_BYTES;
 }
 
 void kvstore_stats_get(struct kvstore *store, struct kvstore_stats *ret_stats)

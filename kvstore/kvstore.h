@@ -107,6 +107,9 @@ void kvstore_destroy(struct kvstore *store);
 int kvstore_arena_fd(const struct kvstore *store);
 const void *kvstore_arena(const struct kvstore *store);
 uint64_t kvstore_arena_bytes(const struct kvstore *store);
+/* Behind the arena lie so many seals (common/transport/transport.h): one for each granule, of
+ * which a shard uses that of its first one. */
+uint64_t kvstore_num_seals(const struct kvstore *store);
 void kvstore_stats_get(struct kvstore *store, struct kvstore_stats *ret_stats);
 
 /* ---- Put, in two phases ---- */
@@ -175,6 +178,9 @@ const struct kvstore_header *kvstore_shard_header(const struct kvstore_shard *sh
 size_t kvstore_shard_page_bytes(const struct kvstore_shard *shard);
 uint64_t kvstore_shard_pages(const struct kvstore_shard *shard);
 uint64_t kvstore_shard_bytes(const struct kvstore_shard *shard); /* of all pages */
+/* Not 0, and unique, until the shard is removed and its last pin is gone, or a page of it is found
+ * to be damaged. */
+uint64_t kvstore_shard_seal(const struct kvstore_shard *shard, uint64_t *ret_index);
 /* Of a page: page_bytes, but for a value's last one. */
 size_t kvstore_shard_page_length(const struct kvstore_shard *shard, uint64_t page);
 /* page: in the order layer, KV head, page of the shard. */

@@ -17,6 +17,7 @@
 #include "kvstore/space_internal.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #define uthash_malloc(bytes)       rk_alloc(bytes)
@@ -56,6 +57,7 @@ struct kvstore_shard {
     uint32_t num_runs;
     /* Written by the one writer, fixed from seal on. */
     uint64_t *checksums;
+    uint64_t seal; /* 0 before commit; fixed from then on */
 
     enum shard_state state;
     bool writer;   /* a kvstore_put refers to it */
@@ -100,6 +102,8 @@ struct kvstore {
     struct kvstore_options options;
     int fd;
     uint8_t *arena;
+    _Atomic uint64_t *seals; /* [granules], behind the arena */
+    uint64_t last_seal;
     struct space *space;
     struct slot *slots;
     struct shard_list staged;
@@ -140,6 +144,8 @@ void kvstore_removed_note(struct kvstore *store, const struct kvstore_shard *sha
 void kvstore_evicted_note(struct kvstore *store, const struct slot_key *key, bool evicted);
 bool kvstore_evicted_seen(const struct kvstore *store, const struct slot_key *key);
 bool kvstore_evict_one(struct kvstore *store);
+/* Before anything is written into its room: readers see it from then on. */
+void kvstore_seal_break(struct kvstore *store, const struct kvstore_shard *shard);
 void kvstore_lru_add(struct kvstore *store, struct kvstore_shard *shard);
 void kvstore_lru_take(struct kvstore *store, struct kvstore_shard *shard);
 

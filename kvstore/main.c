@@ -76,7 +76,9 @@ static const struct argp_option options[] = {
     {"scrub-rate", OPTION_SCRUB_RATE, "SIZE", 0,
      "Verify stored pages at this rate a second; 0: never (64MiB)", 0},
     {"enable-fault-injection", OPTION_FAULT_INJECTION, NULL, 0,
-     "For tests: SIGUSR1 flips a byte of the oldest shard", 0},
+     "For tests: SIGUSR1 flips a byte of the oldest shard, SIGUSR2 gives back pins that readers "
+     "use",
+     0},
     {"log-level", OPTION_LOG_LEVEL, "LEVEL", 0, "debug, info, warn or error (info)", 0},
     {0},
 };
@@ -361,6 +363,8 @@ static enum rk_status ucx_start(struct process *process, struct rk_error *error)
     }
     struct rk_ucx_server_options ucx = {.listen = listen,
                                         .arena = kvstore_arena(process->store),
+                                        .node_id = process->node_id,
+                                        .incarnation = process->incarnation,
                                         .ops = &kvstore_service_store_ops,
                                         .context = &process->service};
     status = rk_ucx_server_start(&ucx, &process->ucx, error);
@@ -399,6 +403,9 @@ static enum rk_status process_store(struct process *process, struct rk_error *er
         .socket_path = process->shm_socket,
         .arena_fd = kvstore_arena_fd(process->store),
         .arena_bytes = kvstore_arena_bytes(process->store),
+        .num_seals = kvstore_num_seals(process->store),
+        .node_id = process->node_id,
+        .incarnation = process->incarnation,
         .ops = &kvstore_service_store_ops,
         .context = &process->service,
     };
@@ -418,7 +425,8 @@ static enum rk_status process_serve(struct process *process, struct rk_error *er
     }
     struct upkeep_options upkeep = {.store = process->store,
                                     .scrub_rate = settings->scrub_rate,
-                                    .fault_injection = settings->fault_injection};
+                                    .fault_injection = settings->fault_injection,
+                                    .shm = process->shm};
     status = upkeep_start(&upkeep, &process->upkeep, error);
     if (status != RK_OK || !settings->coordinator) {
         return status;
@@ -443,9 +451,9 @@ static void process_stop(struct process *process)
     }
     rk_rpc_server_destroy(process->rpc);
     rk_ucx_server_stop(process->ucx);
+    upkeep_stop(process->upkeep);
     /* The last that can write has ended: what readers still look at is given to nobody any more. */
     rk_shm_server_stop(process->shm);
-    upkeep_stop(process->upkeep);
     rk_metrics_server_stop(process->metrics);
     bool pinned = process->store != NULL;
     int64_t deadline_ns = rk_deadline_in_ms(PINS_WAIT_MS);
@@ -484,10 +492,12 @@ static void fault_signal_set(bool enabled)
     sigset_t signals;
     if (!enabled) {
         signal(SIGUSR1, SIG_IGN);
+        signal(SIGUSR2, SIG_IGN);
         return;
     }
     sigemptyset(&signals);
     sigaddset(&signals, SIGUSR1);
+    sigaddset(&signals, SIGUSR2);
     pthread_sigmask(SIG_BLOCK, &signals, NULL);
 }
 

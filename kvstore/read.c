@@ -121,6 +121,12 @@ uint64_t kvstore_shard_bytes(const struct kvstore_shard *shard)
     return shard->bytes;
 }
 
+uint64_t kvstore_shard_seal(const struct kvstore_shard *shard, uint64_t *ret_index)
+{
+    *ret_index = shard->runs[0].granule_begin;
+    return shard->seal;
+}
+
 size_t kvstore_shard_page_length(const struct kvstore_shard *shard, uint64_t page)
 {
     uint64_t begin = page * shard->page_bytes;
@@ -273,6 +279,7 @@ static void scrub_drop(struct kvstore *store, struct kvstore_shard *shard, uint6
     RK_LOG_ERROR("page_corrupt", "segment=%s shard=%u generation=%llu page=%llu action=dropped",
                  hex, shard->header.shard_index, (unsigned long long)shard->header.generation,
                  (unsigned long long)page);
+    kvstore_seal_break(store, shard); /* Also those who verified it before the damage. */
     kvstore_removed_note(store, shard);
     kvstore_shard_remove(store, shard);
 }

@@ -148,7 +148,8 @@ static enum rk_status chunk_recv(struct rk_rpc_call *call, struct rk_intake *int
     return status == RK_ERR_NOT_FOUND ? RK_ERR_INTERNAL : status;
 }
 
-static enum rk_status results_send(struct rk_rpc_call *call, const struct rk_intake *intake)
+static enum rk_status results_send(struct kvstore_service *service, struct rk_rpc_call *call,
+                                   const struct rk_intake *intake)
 {
     size_t count = rk_intake_items(intake);
     Redknot__V1__PutReply reply = REDKNOT__V1__PUT_REPLY__INIT;
@@ -166,6 +167,8 @@ static enum rk_status results_send(struct rk_rpc_call *call, const struct rk_int
         }
         reply.n_results = count;
         reply.results = pointers;
+        reply.node_id = (char *)(uintptr_t)service->node_id;
+        reply.incarnation = service->incarnation;
         status = rk_rpc_call_send(call, &reply.base);
     }
     rk_free(results);
@@ -187,7 +190,7 @@ static enum rk_status handle_put(struct rk_rpc_call *call, void *context, struct
     }
     if (status == RK_OK) {
         rk_intake_end(intake);
-        status = results_send(call, intake);
+        status = results_send(service, call, intake);
         rk_metric_observe(service->put_seconds, rk_clock_s() - begin_s);
     }
     rk_intake_destroy(intake);
@@ -387,15 +390,14 @@ static void message_add(struct data_message *message, const uint8_t *data, size_
 struct found_item {
     enum rk_status status;
     struct rk_error error;
-    uint64_t num_pages;
-    struct rk_found found;
+    struct rk_found found; /* id and generation are set in any case */
     uint64_t *offsets;
     uint64_t *checksums;
 };
 
 /* The message with what was found, and room for data behind it. */
-static struct data_message *found_pack(struct get_hold *hold, const struct found_item *items,
-                                       size_t count)
+static struct data_message *found_pack(struct kvstore_service *service, struct get_hold *hold,
+                                       const struct found_item *items, size_t count)
 {
     Redknot__V1__GetReply reply = REDKNOT__V1__GET_REPLY__INIT;
     Redknot__V1__GetReply__Found found = REDKNOT__V1__GET_REPLY__FOUND__INIT;
@@ -412,10 +414,15 @@ static struct data_message *found_pack(struct get_hold *hold, const struct found
             wire[i].bytes = items[i].found.bytes;
             wire[i].n_checksums = items[i].found.num_pages;
             wire[i].checksums = items[i].checksums;
+            wire[i].id =
+                (ProtobufCBinaryData){RK_ID_BYTES, (uint8_t *)(uintptr_t)items[i].found.id.bytes};
+            wire[i].generation = items[i].found.generation;
             pointers[i] = &wire[i];
         }
         found.n_items = count;
         found.items = pointers;
+        found.node_id = (char *)(uintptr_t)service->node_id;
+        found.incarnation = service->incarnation;
         reply.found = &found;
         message = message_make(hold, redknot__v1__get_reply__get_packed_size(&reply));
         if (message) {
@@ -433,7 +440,7 @@ static enum rk_status items_send(struct kvstore_service *service, struct rk_rpc_
                                  size_t count)
 {
     const uint8_t *arena = kvstore_arena(service->store);
-    struct data_message *message = found_pack(hold, items, count);
+    struct data_message *message = found_pack(service, hold, items, count);
     enum rk_status status = message ? RK_OK : RK_ERR_NO_MEMORY;
     for (size_t i = 0; i < count && status == RK_OK; i++) {
         const struct found_item *item = &items[i];
@@ -494,12 +501,19 @@ static enum rk_status find(const struct kvstore_shard *shard, const struct messa
     if (status != RK_OK) {
         return status;
     }
+    const struct kvstore_header *header = kvstore_shard_header(shard);
     uint64_t page_bytes = kvstore_shard_page_bytes(shard);
+    RK_ASSERT(rk_id_equal(&header->segment_id, &get->id) &&
+              (get->value ||
+               (header->generation == get->generation && header->shard_index == get->shard_index)));
     *ret_found =
-        (struct rk_found){.num_pages = num_pages,
+        (struct rk_found){.id = header->segment_id,
+                          .generation = header->generation,
+                          .num_pages = num_pages,
                           .page_bytes = (uint32_t)page_bytes,
                           .bytes = get->value ? kvstore_shard_bytes(shard) : num_pages * page_bytes,
                           .tier = RK_TIER_DRAM};
+    ret_found->seal = kvstore_shard_seal(shard, &ret_found->seal_index);
     return RK_OK;
 }
 
@@ -521,6 +535,7 @@ static void item_find(struct kvstore_service *service, const Redknot__V1__GetIte
     struct message_get get;
     const struct kvstore_shard *shard = NULL;
     item->status = message_get_read(wire, budget, &get, &item->error);
+    item->found = (struct rk_found){.id = get.id, .generation = get.generation};
     if (item->status == RK_OK) {
         item->status = pin(service, &get, &shard, &item->error);
     }

@@ -63,8 +63,11 @@ struct upkeep;
 
 struct upkeep_options {
     struct kvstore *store;
-    uint64_t scrub_rate;  /* bytes per second, 0: no scrubbing */
-    bool fault_injection; /* SIGUSR1, blocked by the caller, damages a page */
+    uint64_t scrub_rate; /* bytes per second, 0: no scrubbing */
+    /* Signals, blocked by the caller: SIGUSR1 damages a page, SIGUSR2 gives back all pins of
+     * readers over shared memory, who go on reading. */
+    bool fault_injection;
+    struct rk_shm_server *shm; /* NULL: not served */
 };
 
 RK_MUST_CHECK enum rk_status upkeep_start(const struct upkeep_options *options,

@@ -105,16 +105,8 @@ static void publish(struct upkeep *upkeep)
     }
 }
 
-/* The signal is blocked in all threads and taken here, so no handler is needed. */
-static void inject_if_asked(struct upkeep *upkeep)
+static void damage_a_page(struct upkeep *upkeep)
 {
-    sigset_t wanted;
-    struct timespec no_wait = {0};
-    sigemptyset(&wanted);
-    sigaddset(&wanted, SIGUSR1);
-    if (!upkeep->options.fault_injection || sigtimedwait(&wanted, NULL, &no_wait) != SIGUSR1) {
-        return;
-    }
     struct kvstore_name name;
     uint64_t offset = 0;
     if (kvstore_fault_inject(upkeep->options.store, &name, &offset) != RK_OK) {
@@ -125,6 +117,24 @@ static void inject_if_asked(struct upkeep *upkeep)
     rk_id_to_hex(&name.segment_id, hex);
     RK_LOG_WARN("fault_injected", "segment=%s shard=%u generation=%llu arena_offset=%llu", hex,
                 name.shard_index, (unsigned long long)name.generation, (unsigned long long)offset);
+}
+
+/* The signals are blocked in all threads and taken here, so no handler is needed. */
+static void inject_if_asked(struct upkeep *upkeep)
+{
+    sigset_t wanted;
+    struct timespec no_wait = {0};
+    sigemptyset(&wanted);
+    sigaddset(&wanted, SIGUSR1);
+    sigaddset(&wanted, SIGUSR2);
+    int signal_number =
+        upkeep->options.fault_injection ? sigtimedwait(&wanted, NULL, &no_wait) : -1;
+    if (signal_number == SIGUSR1) {
+        damage_a_page(upkeep);
+    } else if (signal_number == SIGUSR2 && upkeep->options.shm) {
+        rk_shm_server_fault_unpin(upkeep->options.shm);
+        RK_LOG_WARN("fault_injected", "what=%q", "pins given back that readers still use");
+    }
 }
 
 /* False: stop. */

@@ -18,6 +18,8 @@
 struct grpc_client {
     struct rk_rpc_channel *channel;
     struct arrival_buffers buffers;
+    char *node_id; /* who must answer; "": whoever does */
+    uint64_t incarnation;
 };
 
 static bool grpc_reachable(const struct rk_transport_endpoint *endpoint)
@@ -30,6 +32,7 @@ static void grpc_client_destroy(void *connection)
     struct grpc_client *client = connection;
     rk_rpc_channel_destroy(client->channel);
     arrival_buffers_destroy(&client->buffers);
+    rk_free(client->node_id);
     rk_free(client);
 }
 
@@ -43,7 +46,11 @@ static enum rk_status grpc_connect(const struct rk_transport_endpoint *endpoint,
     if (!client) {
         return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a connection");
     }
-    enum rk_status status = rk_rpc_channel_create(endpoint->grpc_address, &client->channel, error);
+    client->node_id = rk_alloc_string(endpoint->node_id ? endpoint->node_id : "");
+    client->incarnation = endpoint->incarnation;
+    enum rk_status status =
+        client->node_id ? rk_rpc_channel_create(endpoint->grpc_address, &client->channel, error)
+                        : rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a connection");
     if (status != RK_OK) {
         grpc_client_destroy(client);
         return status;
@@ -131,9 +138,20 @@ static enum rk_status call_open(struct grpc_client *client, const struct rk_get 
 
 /* ---- Get: what comes ---- */
 
+/* Is it about what was asked for? Its checksums would match its own bytes. */
+static bool item_named(const Redknot__V1__GetReply__Item *item, const struct rk_get *get)
+{
+    return item->id.len == RK_ID_BYTES && memcmp(item->id.data, get->id.bytes, RK_ID_BYTES) == 0 &&
+           (get->page_bytes == 0 || item->generation == get->generation);
+}
+
 static enum rk_status item_take(const Redknot__V1__GetReply__Item *item, const struct rk_get *get,
                                 struct rk_pages *pages, struct rk_error *error)
 {
+    if (!item_named(item, get)) {
+        return rk_error_set(error, RK_ERR_UNAVAILABLE,
+                            "the store's answer is not to what was asked");
+    }
     pages->status = rk_status_from_name(item->status);
     if (pages->status != RK_OK) {
         bool first = error && error->text[0] == '\0';
@@ -154,6 +172,7 @@ static enum rk_status item_take(const Redknot__V1__GetReply__Item *item, const s
     pages->num_pages = item->n_checksums;
     pages->page_bytes = item->page_bytes;
     pages->bytes = item->bytes;
+    pages->generation = item->generation;
     pages->tier = (enum rk_tier)item->tier;
     return RK_OK;
 }
@@ -181,6 +200,9 @@ static enum rk_status found_take(struct incoming *incoming)
     if (status != RK_OK || found->n_items != incoming->num_gets) {
         status = status == RK_ERR_NO_MEMORY ? status : RK_ERR_UNAVAILABLE;
         (void)rk_error_set(incoming->error, status, "the store answers another question");
+    } else {
+        status = transport_identity_check(incoming->client->node_id, incoming->client->incarnation,
+                                          found->node_id, found->incarnation, incoming->error);
     }
     for (size_t i = 0; status == RK_OK && i < incoming->num_gets; i++) {
         status =
@@ -328,8 +350,8 @@ static enum rk_status put_send(struct rk_rpc_stream *stream, const struct rk_put
     return status == RK_OK ? rk_rpc_stream_send_done(stream) : status;
 }
 
-static enum rk_status results_recv(struct rk_rpc_stream *stream, struct rk_put *puts,
-                                   size_t num_puts, struct rk_error *error)
+static enum rk_status results_recv(const struct grpc_client *client, struct rk_rpc_stream *stream,
+                                   struct rk_put *puts, size_t num_puts, struct rk_error *error)
 {
     struct ProtobufCMessage *message = NULL;
     enum rk_status status =
@@ -340,6 +362,9 @@ static enum rk_status results_recv(struct rk_rpc_stream *stream, struct rk_put *
     const Redknot__V1__PutReply *reply = (const Redknot__V1__PutReply *)message;
     if (reply->n_results != num_puts) {
         status = rk_error_set(error, RK_ERR_UNAVAILABLE, "the store's answer to a put is none");
+    } else {
+        status = transport_identity_check(client->node_id, client->incarnation, reply->node_id,
+                                          reply->incarnation, error);
     }
     for (size_t i = 0; status == RK_OK && i < num_puts; i++) {
         const Redknot__V1__PutReply__Result *result = reply->results[i];
@@ -367,7 +392,7 @@ static enum rk_status grpc_put(void *connection, struct rk_put *puts, size_t num
     status = put_send(stream, puts, num_puts);
     bool answered = false;
     if (status == RK_OK) {
-        status = results_recv(stream, puts, num_puts, error);
+        status = results_recv(client, stream, puts, num_puts, error);
         answered = status == RK_OK;
     }
     struct rk_error why = {.text = ""};

@@ -37,6 +37,8 @@ struct shm_client {
     uint32_t request_id;
     const uint8_t *arena;
     uint64_t arena_bytes;
+    const uint64_t *seals; /* behind the arena */
+    uint64_t num_seals;
     uint8_t *in;
     size_t in_room;
     size_t in_bytes;
@@ -206,8 +208,10 @@ static enum rk_status socket_connect(struct shm_client *client, const char *path
 }
 
 /* The answer to HELLO with the descriptor beside it. */
-static enum rk_status hello_recv(struct shm_client *client, const struct rk_until *until,
-                                 int *ret_arena_fd, struct rk_error *error)
+static enum rk_status hello_recv(struct shm_client *client,
+                                 const struct rk_transport_endpoint *endpoint,
+                                 const struct rk_until *until, int *ret_arena_fd,
+                                 struct rk_error *error)
 {
     uint8_t bytes[sizeof(struct shm_frame_header) + sizeof(struct shm_hello_reply)];
     union {
@@ -231,6 +235,7 @@ static enum rk_status hello_recv(struct shm_client *client, const struct rk_unti
     }
     struct shm_frame frame;
     size_t needed = 0;
+    enum rk_status status = RK_OK;
     /* So few bytes, sent at once, arrive at once. */
     if (got != (ssize_t)sizeof(bytes) || *ret_arena_fd < 0 ||
         shm_frame_parse(bytes, sizeof(bytes), sizeof(bytes), &frame, &needed) != RK_OK ||
@@ -240,7 +245,19 @@ static enum rk_status hello_recv(struct shm_client *client, const struct rk_unti
     struct shm_hello_reply reply;
     memcpy(&reply, frame.body, sizeof(reply));
     client->arena_bytes = reply.arena_bytes;
-    return RK_OK;
+    client->num_seals = reply.num_seals;
+    status = wire_identity_check(&reply.identity, endpoint->node_id, endpoint->incarnation, error);
+    client->broken = status != RK_OK;
+    return status;
+}
+
+/* What is mapped: the arena and the seals behind it; 0: sizes that make no sense. */
+static uint64_t mapped_bytes(const struct shm_client *client)
+{
+    bool good = client->arena_bytes > 0 && client->arena_bytes < INT64_MAX &&
+                client->arena_bytes % sizeof(uint64_t) == 0 &&
+                client->num_seals <= client->arena_bytes;
+    return good ? client->arena_bytes + rk_seals_bytes(client->num_seals) : 0;
 }
 
 /* Only a file that can neither shrink nor be written by others is read in place. */
@@ -248,16 +265,17 @@ static enum rk_status arena_map(struct shm_client *client, int arena_fd, struct 
 {
     struct stat info;
     int seals = fcntl(arena_fd, F_GET_SEALS);
-    if (fstat(arena_fd, &info) != 0 || client->arena_bytes == 0 ||
-        (uint64_t)info.st_size != client->arena_bytes || seals < 0 ||
+    uint64_t bytes = mapped_bytes(client);
+    if (fstat(arena_fd, &info) != 0 || bytes == 0 || (uint64_t)info.st_size != bytes || seals < 0 ||
         (seals & SEALS_NEEDED) != SEALS_NEEDED) {
         return lost(client, error, "its arena is not sealed as it must be");
     }
-    void *arena = mmap(NULL, client->arena_bytes, PROT_READ, MAP_SHARED, arena_fd, 0);
+    void *arena = mmap(NULL, bytes, PROT_READ, MAP_SHARED, arena_fd, 0);
     if (arena == MAP_FAILED) {
         return lost(client, error, strerror(errno));
     }
     client->arena = arena;
+    client->seals = (const uint64_t *)(const void *)(client->arena + client->arena_bytes);
     return RK_OK;
 }
 
@@ -265,7 +283,7 @@ static void shm_destroy(void *connection)
 {
     struct shm_client *client = connection;
     if (client->arena) {
-        munmap((void *)client->arena, client->arena_bytes);
+        munmap((void *)client->arena, mapped_bytes(client));
     }
     if (client->outbox) {
         munmap(client->outbox, OUTBOX_SLOTS * SLOT_BYTES);
@@ -298,7 +316,7 @@ static enum rk_status shm_connect(const struct rk_transport_endpoint *endpoint,
     if (status != RK_OK) {
         goto fail;
     }
-    status = hello_recv(client, until, &arena_fd, error);
+    status = hello_recv(client, endpoint, until, &arena_fd, error);
     if (status == RK_OK) {
         status = arena_map(client, arena_fd, error);
     }
@@ -366,6 +384,22 @@ static void late_release(struct shm_client *client, const struct shm_frame *fram
     pins_release(client, pin_ids, pins);
 }
 
+/* Where the store says whether the pages are still these. */
+static enum rk_status seal_find(struct shm_client *client, const struct wire_found *found,
+                                struct rk_pages *pages, struct rk_error *error)
+{
+    pages->in_place = true;
+    if (client->num_seals == 0) {
+        return RK_OK;
+    }
+    if (found->seal_index >= client->num_seals || found->seal == 0) {
+        return lost(client, error, "a seal that is none");
+    }
+    pages->seal = &client->seals[found->seal_index];
+    pages->seal_value = found->seal;
+    return RK_OK;
+}
+
 /* Where the pages lie, or their copy in the reader's buffer; verified if that was asked. */
 static enum rk_status pages_place(struct shm_client *client, const struct rk_get *get,
                                   const uint8_t *entries, struct rk_pages *pages,
@@ -388,8 +422,15 @@ static enum rk_status pages_place(struct shm_client *client, const struct rk_get
         }
         if (get->verify && !rk_page_verify(page, length)) {
             pages->status = RK_MISS_CHECKSUM;
-            return RK_OK;
+            break;
         }
+    }
+    if (!rk_pages_sealed(pages)) {
+        pages->status = RK_MISS_EVICTED; /* Also when that is why it does not match. */
+    }
+    if (buffer) { /* From here on it is the reader's own. */
+        pages->in_place = false;
+        pages->seal = NULL;
     }
     return RK_OK;
 }
@@ -404,12 +445,15 @@ static enum rk_status found_read(struct shm_client *client, const struct shm_fra
         return lost(client, error, "an answer to another question");
     }
     for (size_t i = 0; i < num_gets; i++) {
-        uint64_t pin_id = 0;
+        struct wire_found found;
         const uint8_t *entries = NULL;
         enum rk_status status =
-            wire_found_parse(&reader, true, &gets[i], &pages[i], &pin_id, &entries, error);
+            wire_found_parse(&reader, true, &gets[i], &pages[i], &found, &entries, error);
         if (status == RK_OK && pages[i].status == RK_OK) {
-            pages[i].hold = (void *)(uintptr_t)pin_id;
+            pages[i].hold = (void *)(uintptr_t)found.pin_id;
+            status = seal_find(client, &found, &pages[i], error);
+        }
+        if (status == RK_OK && pages[i].status == RK_OK) {
             status = pages_place(client, &gets[i], entries, &pages[i], error);
         }
         if (status != RK_OK) {
@@ -450,6 +494,15 @@ static enum rk_status shm_get(void *connection, const struct rk_get *gets, size_
         frame_done(client, &frame);
     }
     return status;
+}
+
+/* Pins end with the connection, so what is pinned is so while the store has its end open. Another
+ * thread may use the connection meanwhile: nothing is read from it. */
+static bool shm_alive(const void *connection)
+{
+    const struct shm_client *client = connection;
+    struct pollfd poll_fd = {.fd = client->fd, .events = POLLRDHUP};
+    return poll(&poll_fd, 1, 0) <= 0 || (poll_fd.revents & (POLLRDHUP | POLLHUP | POLLERR)) == 0;
 }
 
 static void shm_release(void *connection, struct rk_pages *pages, size_t num_pages)
@@ -624,4 +677,5 @@ const struct transport_ops transport_shm = {
     .release = shm_release,
     .put = shm_put,
     .destroy = shm_destroy,
+    .alive = shm_alive,
 };

@@ -23,6 +23,8 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
+#include <semaphore.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -45,7 +47,8 @@ struct pin {
 struct connection {
     int fd; /* -1: free */
     bool greeted;
-    bool quiet; /* neither read from nor answered; only its pins are kept */
+    bool quiet;          /* neither read from nor answered; only its pins are kept */
+    bool fault_unpinned; /* it may release what it has not any more */
     uint8_t *in;
     size_t in_room;
     size_t in_bytes;
@@ -73,6 +76,8 @@ struct rk_shm_server {
     struct connection *connections;
     struct pollfd *polls; /* wake, listen, then one per connection there is */
     struct connection **polled;
+    atomic_bool fault_unpin; /* asked for by a test */
+    sem_t fault_done;
     struct rk_extent *extents;
     struct rk_get gets[RK_TRANSPORT_ITEMS_MAX];
     uint64_t *offsets;
@@ -269,7 +274,10 @@ static enum rk_status reply_hello(struct rk_shm_server *server, struct connectio
     struct __attribute__((packed)) {
         struct shm_frame_header header;
         struct shm_hello_reply body;
-    } reply = {.body.arena_bytes = server->options.arena_bytes};
+    } reply = {.body = {.arena_bytes = server->options.arena_bytes,
+                        .num_seals = server->options.num_seals,
+                        .identity = wire_identity_make(server->options.node_id,
+                                                       server->options.incarnation)}};
     shm_header_fill(&reply.header, SHM_HELLO_REPLY, request_id, sizeof(reply.body));
 
     union {
@@ -305,7 +313,7 @@ static uint64_t item_pin(struct rk_shm_server *server, struct connection *connec
     struct rk_found found = {.pin = NULL};
     struct pin *slot = pin_slot(server, connection);
     if (!slot) { /* An answer, however often: it asked for too much, and what it has it keeps. */
-        wire_failure_append(&connection->out, RK_ERR_FULL,
+        wire_failure_append(&connection->out, get, RK_ERR_FULL,
                             "this connection holds its maximum of pins");
         return 0;
     }
@@ -313,7 +321,7 @@ static uint64_t item_pin(struct rk_shm_server *server, struct connection *connec
         server->options.ops->pin(server->options.context, RK_PATH_SHM, get, pages_max,
                                  server->offsets, server->checksums, &found, &error);
     if (status != RK_OK) {
-        wire_failure_append(&connection->out, status, error.text);
+        wire_failure_append(&connection->out, get, status, error.text);
         return 0;
     }
     if (++server->next_pin == 0) {
@@ -461,7 +469,8 @@ static enum rk_status handle_release(struct rk_shm_server *server, struct connec
     uint64_t pin_id = 0;
     bool good = reader.left > 0;
     while (good && reader.left > 0) {
-        good = wire_take(&reader, &pin_id, sizeof(pin_id)) && pin_drop(server, connection, pin_id);
+        good = wire_take(&reader, &pin_id, sizeof(pin_id)) &&
+               (pin_drop(server, connection, pin_id) || connection->fault_unpinned);
     }
     if (!good) {
         *ret_why = "a release of what is not pinned";
@@ -622,6 +631,27 @@ static uint32_t polls_fill(struct rk_shm_server *server)
     return count;
 }
 
+static void fault_unpin(struct rk_shm_server *server)
+{
+    for (uint32_t i = 0; i < server->options.connections_max; i++) {
+        server->connections[i].fault_unpinned = true;
+        pins_release(server, &server->connections[i]);
+    }
+    RK_ASSERT(sem_post(&server->fault_done) == 0);
+}
+
+/* False: the server ends. */
+static bool woken(struct rk_shm_server *server)
+{
+    uint64_t count = 0;
+    if (!atomic_exchange(&server->fault_unpin, false)) {
+        return false;
+    }
+    RK_ASSERT(read(server->wake_fd, &count, sizeof(count)) == sizeof(count));
+    fault_unpin(server);
+    return true;
+}
+
 static void *server_thread(void *context)
 {
     struct rk_shm_server *server = context;
@@ -634,7 +664,7 @@ static void *server_thread(void *context)
             continue;
         }
         spin_begin(&spin);
-        if (server->polls[0].revents) {
+        if (server->polls[0].revents && !woken(server)) {
             return NULL;
         }
         for (uint32_t i = 0; i < count; i++) {
@@ -780,6 +810,7 @@ enum rk_status rk_shm_server_start(const struct rk_shm_server_options *options,
         return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for the shm server");
     }
     server->options = *options;
+    RK_ASSERT(sem_init(&server->fault_done, 0, 0) == 0);
     server->listen_fd = server->arena_fd = server->wake_fd = -1;
     struct rk_shm_server_options *set = &server->options;
     set->connections_max = set->connections_max ? set->connections_max : 256;
@@ -832,6 +863,7 @@ void rk_shm_server_stop(struct rk_shm_server *server)
             }
         }
     }
+    (void)sem_destroy(&server->fault_done);
     if (server->bound) {
         RK_ASSERT(server->socket_path != NULL);
         unlink(server->socket_path);
@@ -847,4 +879,14 @@ void rk_shm_server_stop(struct rk_shm_server *server)
     rk_free(server->checksums);
     rk_free(server->socket_path);
     rk_free(server);
+}
+
+void rk_shm_server_fault_unpin(struct rk_shm_server *server)
+{
+    uint64_t one = 1;
+    atomic_store(&server->fault_unpin, true);
+    RK_ASSERT(write(server->wake_fd, &one, sizeof(one)) == sizeof(one));
+    while (sem_wait(&server->fault_done) != 0) {
+        RK_ASSERT(errno == EINTR);
+    }
 }

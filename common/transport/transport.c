@@ -7,6 +7,7 @@
 
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -186,6 +187,47 @@ void rk_transport_release(struct rk_transport *transport, struct rk_pages *pages
         rk_free(pages[i].pages);
         pages[i] = (struct rk_pages){0};
     }
+}
+
+bool rk_pages_sealed(const struct rk_pages *pages)
+{
+    if (!pages->seal) {
+        return true;
+    }
+    atomic_thread_fence(memory_order_acquire); /* Behind the reads of the bytes. */
+    return __atomic_load_n(pages->seal, __ATOMIC_RELAXED) == pages->seal_value;
+}
+
+bool rk_transport_alive(const struct rk_transport *transport)
+{
+    return !transport->ops->alive || transport->ops->alive(transport->connection);
+}
+
+enum rk_status rk_transport_check(const struct rk_transport *transport,
+                                  const struct rk_pages *pages)
+{
+    if (!pages->in_place) {
+        return RK_OK;
+    }
+    if (!rk_pages_sealed(pages)) {
+        return RK_MISS_EVICTED;
+    }
+    return rk_transport_alive(transport) ? RK_OK : RK_MISS_NODE_DOWN;
+}
+
+enum rk_status transport_identity_check(const char *wanted_id, uint64_t wanted_incarnation,
+                                        const char *node_id, uint64_t incarnation,
+                                        struct rk_error *error)
+{
+    bool id_known = wanted_id && wanted_id[0] != '\0' && node_id[0] != '\0';
+    if (id_known && strcmp(wanted_id, node_id) != 0) {
+        return rk_error_set(error, RK_ERR_UNAVAILABLE, "this is %s, not %s", node_id, wanted_id);
+    }
+    if (wanted_incarnation != 0 && incarnation != 0 && wanted_incarnation != incarnation) {
+        return rk_error_set(error, RK_ERR_UNAVAILABLE, "this is %s, but started anew",
+                            id_known ? node_id : "the store");
+    }
+    return RK_OK;
 }
 
 static bool put_sensible(const struct rk_put *put)

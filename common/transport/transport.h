@@ -13,7 +13,25 @@
  * (rk_page_verify) or asks the transport to (rk_get.verify), which then looks
  * at each page as it arrives, while the next are on their way.
  *
- * Client threads: a connection is used by one thread at a time.
+ * The guard: pages read in place are the store's memory. A pin keeps them; the
+ * seal says whether it did. The store has a word of 64 bits for each thing it
+ * holds, behind the arena in the same memory: not 0, and never twice the same,
+ * while the bytes may be read; 0 before their room is another's. Its two ends
+ * are a seqlock's (H.-J. Boehm, "Can seqlocks get along with programming
+ * language memory models?", MSPC 2012):
+ *   store   seal = 0; fence (seq_cst); writes into the room; ...; seal = another
+ *   reader  reads the bytes; fence (acquire); reads the seal
+ * Whoever has read a byte that was written after the seal was broken reads a
+ * broken seal after it. So a checksum that matched once and a seal that is
+ * whole after the last use say that all that was read in between was what the
+ * writer wrote: rk_transport_check() after the use is what counts. One before
+ * it only saves work, and a checksum before it says nothing of what comes
+ * after. As with any seqlock the reads race with the writes, which C does not
+ * define; what was read is thrown away then, and nothing may have been done
+ * with it that cannot be taken back.
+ *
+ * Client threads: a connection is used by one thread at a time, but for
+ * rk_transport_check(), which any thread may call beside it.
  */
 #ifndef RK_COMMON_TRANSPORT_TRANSPORT_H
 #define RK_COMMON_TRANSPORT_TRANSPORT_H
@@ -39,11 +57,15 @@ const char *rk_host_id(void);
 
 struct rk_transport;
 
+/* Text is borrowed during the call. */
 struct rk_transport_endpoint {
     const char *grpc_address; /* required */
     const char *host_id;      /* "" when unknown */
     const char *shm_socket;   /* "" when not served */
     const char *ucx_address;  /* host:port, "" when not served */
+    /* Who must answer there: another one is RK_ERR_UNAVAILABLE. NULL or "", and 0: whoever does. */
+    const char *node_id;
+    uint64_t incarnation;
 };
 
 /* One item of a batch: pages of a shard, or a whole value. */
@@ -74,8 +96,12 @@ struct rk_pages {
     struct rk_page *pages; /* in the order of the extents; the last one of a value is shorter */
     uint64_t num_pages;
     uint32_t page_bytes;
-    uint64_t bytes; /* of all pages */
+    uint64_t bytes;      /* of all pages */
+    uint64_t generation; /* of the shard; of a value the store's own */
     enum rk_tier tier;
+    bool in_place;        /* the store's memory; else a copy, which nobody else changes */
+    const uint64_t *seal; /* in place, of a store that has them: where it is, and whole */
+    uint64_t seal_value;
     void *hold; /* of the transport */
 };
 
@@ -117,6 +143,18 @@ RK_MUST_CHECK enum rk_status rk_transport_get(struct rk_transport *transport,
                                               const struct rk_until *until,
                                               struct rk_pages *ret_pages, struct rk_error *error);
 void rk_transport_release(struct rk_transport *transport, struct rk_pages *pages, size_t num_pages);
+/*
+ * Are these pages still what they were when they came? RK_OK: whatever was read of them before the
+ * call was. RK_MISS_EVICTED: their room was given to another, though they are pinned. That is a
+ * fault of the store's or of ours; what was made of them must not be used. RK_MISS_NODE_DOWN: the
+ * connection is lost, and its pins with it. A copy is always RK_OK.
+ * Any thread, beside any other use of the connection; reads one word and asks poll(2) once.
+ */
+RK_MUST_CHECK enum rk_status rk_transport_check(const struct rk_transport *transport,
+                                                const struct rk_pages *pages);
+/* Its parts, for whoever asks for many pages: the seal alone, and the connection alone. */
+bool rk_pages_sealed(const struct rk_pages *pages);
+bool rk_transport_alive(const struct rk_transport *transport);
 /* As get: RK_OK, and a status in each put. When it returns nothing reads the pages any more. */
 RK_MUST_CHECK enum rk_status rk_transport_put(struct rk_transport *transport, struct rk_put *puts,
                                               size_t num_puts, const struct rk_until *until,
@@ -128,8 +166,13 @@ bool rk_page_verify(const struct rk_page *page, size_t page_bytes);
 
 /* ---- Store side ---- */
 
+/* What a store has pinned. The paths tell their reader what is here, not what it asked for. */
 struct rk_found {
     void *pin;
+    struct rk_id id;
+    uint64_t generation;
+    uint64_t seal; /* 0: this store has none */
+    uint64_t seal_index;
     uint64_t num_pages;
     uint32_t page_bytes;
     uint64_t bytes; /* of all pages: the last one may be shorter */
@@ -184,12 +227,23 @@ enum rk_status rk_intake_result(const struct rk_intake *intake, size_t item,
                                 const char **ret_text); /* borrowed */
 void rk_intake_destroy(struct rk_intake *intake);       /* accepts NULL; drops what did not end */
 
+#define RK_NODE_ID_BYTES 256 /* with its final NUL */
+
+/* The room of so many seals behind an arena. */
+static inline uint64_t rk_seals_bytes(uint64_t num_seals)
+{
+    return (num_seals * sizeof(uint64_t) + 4095) / 4096 * 4096;
+}
+
 struct rk_shm_server;
 
 struct rk_shm_server_options {
     const char *socket_path; /* made with mode 0600, replaced if stale, removed at stop */
     int arena_fd;            /* borrowed memfd, sealed against shrinking and future writes */
     uint64_t arena_bytes;
+    uint64_t num_seals;  /* u64, behind the arena (rk_seals_bytes); 0: none */
+    const char *node_id; /* told to readers, at most RK_NODE_ID_BYTES - 1; NULL: not */
+    uint64_t incarnation;
     uint32_t connections_max; /* 0: 256 */
     uint32_t pins_max;        /* per connection, 0: 4,096 */
     uint64_t pages_max;       /* per item, 0: 1 << 20 */
@@ -203,6 +257,9 @@ RK_MUST_CHECK enum rk_status rk_shm_server_start(const struct rk_shm_server_opti
 /* Unpins all, also what readers go on reading: nothing may be written into the arena after it.
  * Accepts NULL. */
 void rk_shm_server_stop(struct rk_shm_server *server);
+/* For tests of the guard, a fault: gives back all pins of all readers, who are not told. Returns
+ * when it is done. */
+void rk_shm_server_fault_unpin(struct rk_shm_server *server);
 
 struct rk_ucx_server;
 
@@ -212,6 +269,8 @@ struct rk_ucx_server_options {
     uint32_t connections_max; /* 0: 256 */
     uint32_t requests_max;    /* gets and puts under way, per connection; 0: 64 */
     bool rendezvous;          /* for large pieces also over tcp; elsewhere it is always used */
+    const char *node_id;      /* as for shm */
+    uint64_t incarnation;
     const struct rk_transport_store_ops *ops;
     void *context;
 };

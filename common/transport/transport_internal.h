@@ -24,6 +24,8 @@ struct transport_ops {
     enum rk_status (*put)(void *connection, struct rk_put *puts, size_t num_puts,
                           const struct rk_until *until, struct rk_error *error);
     void (*destroy)(void *connection);
+    /* NULL: its pages are copies. Any thread. */
+    bool (*alive)(const void *connection);
 };
 
 /* A store that does not take a connection in time is as good as none: RK_ERR_UNAVAILABLE, unless
@@ -32,6 +34,11 @@ static inline enum rk_status transport_silent(const struct rk_until *until)
 {
     return rk_until_over(until) == RK_ERR_CANCELLED ? RK_ERR_CANCELLED : RK_ERR_UNAVAILABLE;
 }
+
+/* RK_ERR_UNAVAILABLE: another one than was looked for answers. Unknown ("" and 0) fits all. */
+enum rk_status transport_identity_check(const char *wanted_id, uint64_t wanted_incarnation,
+                                        const char *node_id, uint64_t incarnation,
+                                        struct rk_error *error);
 
 extern const struct transport_ops transport_shm;
 extern const struct transport_ops transport_ucx;

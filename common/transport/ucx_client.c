@@ -57,6 +57,7 @@ struct ucx_client {
     struct ucx_worker ucx;
     ucp_ep_h endpoint;
     bool greeted;
+    struct wire_identity identity; /* of the store */
     bool broken;
     char why[96];
     uint32_t sending; /* messages that UCX still reads */
@@ -96,11 +97,10 @@ static ucs_status_t on_hello(void *context, const void *header, size_t header_by
 {
     struct ucx_client *client = context;
     struct ucx_hello hello;
-    (void)data;
-    (void)bytes;
-    (void)param;
-    if (header_bytes == sizeof(hello)) {
+    if (header_bytes == sizeof(hello) && bytes == sizeof(client->identity) && !client->greeted &&
+        !(param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV)) {
         memcpy(&hello, header, sizeof(hello));
+        memcpy(&client->identity, data, sizeof(client->identity));
         client->greeted = hello.magic == UCX_MAGIC && hello.version == UCX_VERSION;
     }
     return UCS_OK;
@@ -152,9 +152,9 @@ static ucs_status_t on_found(void *context, const void *header, size_t header_by
     }
     enum rk_status status = RK_OK;
     for (uint32_t i = 0; status == RK_OK && i < count; i++) {
-        uint64_t pin_id = 0;
+        struct wire_found found;
         const uint8_t *checksums = NULL;
-        status = wire_found_parse(&reader, false, &request->gets[i], &request->pages[i], &pin_id,
+        status = wire_found_parse(&reader, false, &request->gets[i], &request->pages[i], &found,
                                   &checksums, request->error);
     }
     if (status == RK_OK) {
@@ -162,6 +162,10 @@ static ucs_status_t on_found(void *context, const void *header, size_t header_by
                                count, request->error);
     }
     request->status = status;
+    if (status == RK_ERR_UNAVAILABLE) { /* Who mistakes one question will mistake the next. */
+        client->broken = true;
+        (void)strncpy(client->why, "the store answers another question", sizeof(client->why) - 1);
+    }
     return UCS_OK;
 }
 
@@ -363,8 +367,8 @@ static enum rk_status endpoint_create(struct ucx_client *client, const struct uc
     return RK_OK;
 }
 
-static enum rk_status greet(struct ucx_client *client, const struct rk_until *until,
-                            struct rk_error *error)
+static enum rk_status greet(struct ucx_client *client, const struct rk_transport_endpoint *endpoint,
+                            const struct rk_until *until, struct rk_error *error)
 {
     static const struct ucx_hello hello = {UCX_MAGIC, UCX_VERSION};
     send_frame(client, UCX_HELLO, &hello, sizeof(hello), NULL, 0);
@@ -374,9 +378,11 @@ static enum rk_status greet(struct ucx_client *client, const struct rk_until *un
     if (client->broken) {
         return lost(client, error);
     }
-    return client->greeted ? RK_OK
-                           : rk_error_set(error, transport_silent(until),
-                                          "the store does not answer over UCX in time");
+    if (!client->greeted) {
+        return rk_error_set(error, transport_silent(until),
+                            "the store does not answer over UCX in time");
+    }
+    return wire_identity_check(&client->identity, endpoint->node_id, endpoint->incarnation, error);
 }
 
 static enum rk_status ucx_connect(const struct rk_transport_endpoint *endpoint,
@@ -400,7 +406,7 @@ static enum rk_status ucx_connect(const struct rk_transport_endpoint *endpoint,
         status = endpoint_create(client, &address, error);
     }
     if (status == RK_OK) {
-        status = greet(client, until, error);
+        status = greet(client, endpoint, until, error);
     }
     if (status != RK_OK) {
         ucx_client_destroy(client);

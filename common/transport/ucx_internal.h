@@ -12,12 +12,11 @@
  * calls check nothing (a wild address crashes the target), so pages move in
  * active messages that the receiver validates.
  *
- * Frames: UCX_HELLO both ways. UCX_GET with the items asked for is answered by
- * UCX_FOUND, then UCX_DATA as often as needed: the bytes of all that was found,
- * back to back. UCX_PUT with the heads is followed by UCX_PUT_DATA in the same
- * way, without waiting, and answered by UCX_RESULTS. Bodies are those of
- * wire_internal.h. Every frame names its request, data frames their place in
- * its stream of bytes.
+ * Frames: UCX_HELLO both ways, the store's with who it is (struct wire_identity) as its data.
+ * UCX_GET with the items asked for is answered by UCX_FOUND, then UCX_DATA as often as needed: the
+ * bytes of all that was found, back to back. UCX_PUT with the heads is followed by UCX_PUT_DATA in
+ * the same way, without waiting, and answered by UCX_RESULTS. Bodies are those of wire_internal.h.
+ * Every frame names its request, data frames their place in its stream of bytes.
  *
  * A data frame fits one of UCX's receive buffers (64 KiB over tcp), so that its
  * handler has the bytes in the cache, straight from the socket, and copies them
@@ -34,7 +33,7 @@
 #include <ucp/api/ucp.h>
 
 #define UCX_MAGIC            0x58444e52u /* "RNDX" */
-#define UCX_VERSION          2
+#define UCX_VERSION          3
 #define UCX_FRAME_BYTES      (60u << 10)  /* of data in one frame */
 #define UCX_RENDEZVOUS_BYTES (256u << 10) /* at least, and in one frame */
 #define UCX_PARTS_MAX        64u          /* runs of bytes in one frame */

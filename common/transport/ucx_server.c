@@ -230,9 +230,10 @@ static void reply_send(struct connection *connection, unsigned id, struct answer
     answer_send(connection, id, answer, sizeof(answer->header.reply));
 }
 
-/* The same for each item that a request is about. */
-static void refuse(struct connection *connection, unsigned id, uint32_t request_id, uint32_t count,
-                   enum rk_status status, const char *text)
+/* The same for each item that a request is about: gets of what was asked, or puts (NULL). */
+static void refuse(struct connection *connection, unsigned id, uint32_t request_id,
+                   const struct rk_get *gets, uint32_t count, enum rk_status status,
+                   const char *text)
 {
     struct answer *answer = reply_make(connection, request_id);
     if (!answer) {
@@ -240,8 +241,8 @@ static void refuse(struct connection *connection, unsigned id, uint32_t request_
     }
     wire_append_count(&answer->body, count);
     for (uint32_t i = 0; i < count; i++) {
-        if (id == UCX_FOUND) {
-            wire_failure_append(&answer->body, status, text);
+        if (gets) {
+            wire_failure_append(&answer->body, &gets[i], status, text);
         } else {
             wire_result_append(&answer->body, status, text);
         }
@@ -277,7 +278,10 @@ static ucs_status_t on_hello(void *context, const void *header, size_t header_by
         return UCS_OK;
     }
     connection->greeted = true;
+    const struct wire_identity identity = wire_identity_make(
+        connection->server->options.node_id, connection->server->options.incarnation);
     answer->header.hello = (struct ucx_hello){UCX_MAGIC, UCX_VERSION};
+    (void)wire_append(&answer->body, &identity, sizeof(identity));
     answer_send(connection, UCX_HELLO, answer, sizeof(answer->header.hello));
     return UCS_OK;
 }
@@ -462,7 +466,7 @@ static uint64_t item_pin(struct get *get, const struct rk_get *asked, uint64_t p
         server->options.ops->pin(server->options.context, RK_PATH_UCX, asked, pages_max,
                                  server->offsets, server->checksums, &found, &error);
     if (status != RK_OK) {
-        wire_failure_append(&answer->body, status, error.text);
+        wire_failure_append(&answer->body, asked, status, error.text);
         return 0;
     }
     get->pins[get->num_pins++] = found.pin;
@@ -483,8 +487,8 @@ static void get_begin(struct connection *connection, const struct ucx_request *r
     struct rk_ucx_server *server = connection->server;
     uint64_t pages_left = WIRE_PAGES_MAX;
     if (connection->num_requests >= server->options.requests_max) {
-        refuse(connection, UCX_FOUND, request->request_id, (uint32_t)count, RK_ERR_FULL,
-               "too many requests are under way on this connection");
+        refuse(connection, UCX_FOUND, request->request_id, server->asked, (uint32_t)count,
+               RK_ERR_FULL, "too many requests are under way on this connection");
         return;
     }
     struct get *get = rk_alloc_zero(1, sizeof(*get));
@@ -603,7 +607,7 @@ static void put_begin(struct connection *connection, const struct ucx_request *r
 {
     struct rk_ucx_server *server = connection->server;
     if (connection->num_requests >= server->options.requests_max) {
-        refuse(connection, UCX_RESULTS, request->request_id, count, RK_ERR_FULL,
+        refuse(connection, UCX_RESULTS, request->request_id, NULL, count, RK_ERR_FULL,
                "too many requests are under way on this connection");
         return;
     }

@@ -1,3 +1,4 @@
+#include "common/transport/transport_internal.h"
 #include "common/transport/wire_internal.h"
 
 #include "common/base/alloc.h"
@@ -175,11 +176,15 @@ enum rk_status wire_gets_parse(const uint8_t *body, size_t bytes, struct rk_exte
 void wire_found_append(struct wire_buffer *buffer, const struct rk_found *found, uint64_t pin_id,
                        const uint64_t *offsets, const uint64_t *checksums)
 {
-    struct wire_found wire = {.pin_id = pin_id,
+    struct wire_found wire = {.generation = found->generation,
+                              .seal_index = found->seal_index,
+                              .seal = found->seal,
+                              .pin_id = pin_id,
                               .bytes = found->bytes,
                               .page_bytes = found->page_bytes,
                               .num_pages = (uint32_t)found->num_pages,
                               .tier = found->tier};
+    memcpy(wire.id, found->id.bytes, RK_ID_BYTES);
     (void)wire_append(buffer, &wire, sizeof(wire));
     if (!offsets) {
         (void)wire_append(buffer, checksums, found->num_pages * sizeof(*checksums));
@@ -192,10 +197,13 @@ void wire_found_append(struct wire_buffer *buffer, const struct rk_found *found,
     }
 }
 
-void wire_failure_append(struct wire_buffer *buffer, enum rk_status status, const char *text)
+void wire_failure_append(struct wire_buffer *buffer, const struct rk_get *get,
+                         enum rk_status status, const char *text)
 {
     char line[WIRE_TEXT_MAX];
-    struct wire_found wire = {.text_bytes = (uint32_t)wire_text_format(status, text, line)};
+    struct wire_found wire = {.generation = get->generation,
+                              .text_bytes = (uint32_t)wire_text_format(status, text, line)};
+    memcpy(wire.id, get->id.bytes, RK_ID_BYTES);
     (void)wire_append(buffer, &wire, sizeof(wire));
     (void)wire_append(buffer, line, wire.text_bytes);
 }
@@ -213,14 +221,23 @@ bool wire_found_fits(const struct rk_get *get, uint64_t bytes, uint32_t page_byt
            num_pages == pages && bytes == pages * page_bytes;
 }
 
+/* Is it about what was asked for? */
+static bool found_named(const struct rk_get *get, const struct wire_found *wire)
+{
+    bool value = get->page_bytes == 0; /* Its generation is the store's own. */
+    return memcmp(wire->id, get->id.bytes, RK_ID_BYTES) == 0 &&
+           (value || wire->generation == get->generation);
+}
+
 enum rk_status wire_found_parse(struct wire_reader *reader, bool with_offsets,
                                 const struct rk_get *get, struct rk_pages *ret_pages,
-                                uint64_t *ret_pin_id, const uint8_t **ret_entries,
+                                struct wire_found *ret_found, const uint8_t **ret_entries,
                                 struct rk_error *error)
 {
     struct wire_found wire;
     size_t entry = with_offsets ? sizeof(struct wire_page) : sizeof(uint64_t);
-    if (!wire_take(reader, &wire, sizeof(wire)) || wire.text_bytes > reader->left ||
+    if (!wire_take(reader, &wire, sizeof(wire)) || !found_named(get, &wire) ||
+        wire.text_bytes > reader->left ||
         (wire.text_bytes == 0 &&
          (!wire_found_fits(get, wire.bytes, wire.page_bytes, wire.num_pages) ||
           wire.num_pages > reader->left / entry))) {
@@ -234,6 +251,7 @@ enum rk_status wire_found_parse(struct wire_reader *reader, bool with_offsets,
     *ret_pages = (struct rk_pages){.num_pages = wire.num_pages,
                                    .page_bytes = wire.page_bytes,
                                    .bytes = wire.bytes,
+                                   .generation = wire.generation,
                                    .tier = (enum rk_tier)wire.tier};
     if (wire.text_bytes > 0) {
         enum rk_status status = text_parse_first(at, wire.text_bytes, error);
@@ -248,9 +266,34 @@ enum rk_status wire_found_parse(struct wire_reader *reader, bool with_offsets,
         memcpy(&ret_pages->pages[i].checksum, at + (i + 1) * entry - sizeof(uint64_t),
                sizeof(uint64_t));
     }
-    *ret_pin_id = wire.pin_id;
+    *ret_found = wire;
     *ret_entries = at;
     return RK_OK;
+}
+
+/* ---- Who answers ---- */
+
+struct wire_identity wire_identity_make(const char *node_id, uint64_t incarnation)
+{
+    struct wire_identity identity = {.incarnation = incarnation};
+    size_t bytes = node_id ? strlen(node_id) : 0;
+    RK_ASSERT(bytes < RK_NODE_ID_BYTES);
+    if (bytes > 0) {
+        memcpy(identity.node_id, node_id, bytes);
+    }
+    return identity;
+}
+
+enum rk_status wire_identity_check(const struct wire_identity *identity, const char *wanted_id,
+                                   uint64_t wanted_incarnation, struct rk_error *error)
+{
+    char node_id[RK_NODE_ID_BYTES];
+    memcpy(node_id, identity->node_id, sizeof(node_id));
+    if (memchr(node_id, '\0', sizeof(node_id)) == NULL) {
+        return rk_error_set(error, RK_ERR_UNAVAILABLE, "the store's name is none");
+    }
+    return transport_identity_check(wanted_id, wanted_incarnation, node_id, identity->incarnation,
+                                    error);
 }
 
 /* ---- What is put, and how it went ---- */

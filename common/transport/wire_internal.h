@@ -6,8 +6,11 @@
  *
  * What is asked for, what was found, what is put and how it went are bodies
  * that the shm and the UCX path send alike; gRPC has its own in
- * redknot.v1.KvStore. On the socket the client says HELLO and the server
- * answers HELLO_REPLY with the arena's descriptor beside it; GET is answered by
+ * redknot.v1.KvStore. Each answer to a get names what it is about, which the
+ * reader compares with what it asked before it looks at a checksum: those come
+ * along with the bytes, also with wrong ones. On the socket the client says
+ * HELLO and the server answers HELLO_REPLY, which says who it is, with the
+ * arena's descriptor beside it; GET is answered by
  * FOUND, RELEASE (pin ids, u64 each) by nothing. For a put the client hands over its outbox once
  * (OUTBOX, a sealed memfd beside it); PUT says what comes, PUT_DATA where in
  * the outbox the next bytes lie, each answered by TAKEN, and the last one by
@@ -21,7 +24,7 @@
 #include <sys/uio.h>
 
 #define SHM_MAGIC            0x4b4e4452u /* "RDNK" */
-#define SHM_VERSION          2
+#define SHM_VERSION          3
 #define WIRE_EXTENTS_MAX     65536u     /* of a batch */
 #define WIRE_PAGES_MAX       (1u << 20) /* of a batch */
 #define WIRE_HEADS_BYTES_MAX (16u << 20)
@@ -43,7 +46,11 @@ struct __attribute__((packed)) wire_get {
 };
 
 struct __attribute__((packed)) wire_found {
-    uint64_t pin_id; /* shm */
+    uint8_t id[RK_ID_BYTES]; /* of what was found, or was not */
+    uint64_t generation;     /* of a shard what was asked for, of a value the store's own */
+    uint64_t seal_index;     /* shm; which one, and */
+    uint64_t seal;           /* its value; 0: none */
+    uint64_t pin_id;         /* shm */
     uint64_t bytes;
     uint32_t page_bytes;
     uint32_t num_pages; /* so many checksums follow (ucx), or struct wire_page (shm) */
@@ -54,6 +61,12 @@ struct __attribute__((packed)) wire_found {
 struct __attribute__((packed)) wire_page {
     uint64_t offset;
     uint64_t checksum;
+};
+
+/* Who answers. */
+struct __attribute__((packed)) wire_identity {
+    uint64_t incarnation;           /* 0: not told */
+    char node_id[RK_NODE_ID_BYTES]; /* the rest is 0 */
 };
 
 /* A put's heads and its results are a length (u32) and so many bytes each; a result is
@@ -93,19 +106,26 @@ bool wire_extents_pages(const struct rk_extent *extents, size_t num_extents, uin
 /* offsets NULL: checksums alone. */
 void wire_found_append(struct wire_buffer *buffer, const struct rk_found *found, uint64_t pin_id,
                        const uint64_t *offsets, const uint64_t *checksums);
-void wire_failure_append(struct wire_buffer *buffer, enum rk_status status, const char *text);
+void wire_failure_append(struct wire_buffer *buffer, const struct rk_get *get,
+                         enum rk_status status, const char *text);
 /* Is it what was asked for? */
 bool wire_found_fits(const struct rk_get *get, uint64_t bytes, uint32_t page_bytes,
                      uint64_t num_pages);
 /*
  * One item of a reply, with its pages' array made and their checksums set. Its status is set to
  * what the store says, its text to error if that is the first. *ret_entries: wire_page's, or
- * checksums. RK_ERR_UNAVAILABLE: no such reply, or not what was asked for. RK_ERR_NO_MEMORY.
+ * checksums. RK_ERR_UNAVAILABLE: no such reply, or about another id, generation or size than was
+ * asked for. RK_ERR_NO_MEMORY.
  */
 enum rk_status wire_found_parse(struct wire_reader *reader, bool with_offsets,
                                 const struct rk_get *get, struct rk_pages *ret_pages,
-                                uint64_t *ret_pin_id, const uint8_t **ret_entries,
+                                struct wire_found *ret_found, const uint8_t **ret_entries,
                                 struct rk_error *error);
+
+struct wire_identity wire_identity_make(const char *node_id, uint64_t incarnation);
+/* RK_ERR_UNAVAILABLE: none, or not the one that was looked for. */
+enum rk_status wire_identity_check(const struct wire_identity *identity, const char *wanted_id,
+                                   uint64_t wanted_incarnation, struct rk_error *error);
 
 void wire_heads_append(struct wire_buffer *buffer, const struct rk_put *puts, size_t num_puts);
 void wire_result_append(struct wire_buffer *buffer, enum rk_status status, const char *text);
@@ -165,6 +185,8 @@ struct __attribute__((packed)) shm_frame_header {
 
 struct __attribute__((packed)) shm_hello_reply {
     uint64_t arena_bytes;
+    uint64_t num_seals;
+    struct wire_identity identity;
 };
 
 struct __attribute__((packed)) shm_outbox {

@@ -43,9 +43,9 @@ static void answers(const uint8_t *data, size_t size)
     enum rk_status status = RK_OK;
     while (status == RK_OK) {
         const uint8_t *entries = NULL;
-        uint64_t pin = 0;
+        struct wire_found found;
         pages = (struct rk_pages){.num_pages = 0};
-        status = wire_found_parse(&reader, size % 2, &value, &pages, &pin, &entries, NULL);
+        status = wire_found_parse(&reader, size % 2, &value, &pages, &found, &entries, NULL);
         RK_ASSERT(status != RK_OK || pages.status != RK_OK || pages.bytes <= value.bytes_max);
         rk_free(pages.pages);
     }

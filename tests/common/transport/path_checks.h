@@ -88,6 +88,52 @@ static inline void damage_on_the_way_is_a_miss(struct rk_transport *reader,
     store->sum_flip = 0;
 }
 
+/* A store that answers about another item than was asked, its checksums all good, is not believed,
+ * and its connection is not used again. */
+static inline void another_answer_is_refused(struct rk_transport *reader,
+                                             struct pinned_pages *store, bool generation)
+{
+    const struct rk_extent all = {0, 0, 0, store->num_pages};
+    struct rk_get get = path_get_of(store, &all, 1);
+    struct rk_pages pages;
+    assert_int_equal(get_one(reader, &get, PATH_WAIT_MS, &pages, NULL), RK_OK);
+    assert_int_equal(pages.generation, 1);
+    rk_transport_release(reader, &pages, 1);
+    store->id_flip = !generation;
+    store->generation_add = generation;
+    assert_int_equal(get_one(reader, &get, PATH_WAIT_MS, &pages, NULL), RK_ERR_UNAVAILABLE);
+    store->id_flip = 0;
+    store->generation_add = 0;
+    assert_int_equal(get_one(reader, &get, PATH_WAIT_MS, &pages, NULL), RK_ERR_UNAVAILABLE);
+}
+
+/* Connects to where store-2, incarnation 5, serves, in the belief that it is somebody. */
+static inline enum rk_status connect_to(struct rk_transport_endpoint endpoint, enum rk_path path,
+                                        const char *node_id, uint64_t incarnation,
+                                        struct rk_error *error)
+{
+    struct rk_transport *transport = NULL;
+    endpoint.node_id = node_id;
+    endpoint.incarnation = incarnation;
+    enum rk_status status = rk_transport_connect(&endpoint, path, PATH_WAIT_MS, &transport, error);
+    rk_transport_destroy(transport);
+    return status;
+}
+
+static inline void another_store_is_refused(const struct rk_transport_endpoint *endpoint,
+                                            enum rk_path path)
+{
+    struct rk_error error = {.text = ""};
+    assert_int_equal(connect_to(*endpoint, path, NULL, 0, &error), RK_OK);
+    assert_int_equal(connect_to(*endpoint, path, "store-2", 5, &error), RK_OK);
+    assert_int_equal(connect_to(*endpoint, path, "store-2", 0, &error), RK_OK);
+    assert_int_equal(connect_to(*endpoint, path, "", 5, &error), RK_OK);
+    assert_int_equal(connect_to(*endpoint, path, "store-1", 5, &error), RK_ERR_UNAVAILABLE);
+    assert_non_null(strstr(error.text, "this is store-2, not store-1"));
+    assert_int_equal(connect_to(*endpoint, path, "store-2", 6, &error), RK_ERR_UNAVAILABLE);
+    assert_non_null(strstr(error.text, "started anew"));
+}
+
 /* ---- Puts ---- */
 
 /* One item of a put, its pages in memory that nothing else lies beside. */

@@ -19,6 +19,9 @@ struct pinned_pages {
     uint32_t num_pages;
     enum rk_path path; /* by which they must be asked for */
     atomic_int pins;
+    /* It says that it found another item. */
+    uint8_t id_flip;
+    uint64_t generation_add;
     uint64_t sum_flip; /* damages the checksum of the last page that is read */
     atomic_int puts;   /* begun and not destroyed */
     atomic_int ended;  /* puts that came to their end */
@@ -67,7 +70,11 @@ static inline enum rk_status pinned_pages_pin(void *context, enum rk_path path,
         }
     }
     ret_checksums[done - 1] ^= pages->sum_flip;
+    struct rk_id id = get->id;
+    id.bytes[5] ^= pages->id_flip;
     *ret_found = (struct rk_found){.pin = pages,
+                                   .id = id,
+                                   .generation = get->generation + pages->generation_add,
                                    .num_pages = done,
                                    .page_bytes = pages->page_bytes,
                                    .bytes = done * pages->page_bytes,

@@ -52,6 +52,8 @@ static void server_start(struct arena *arena, uint32_t pins_max, uint32_t connec
     const struct rk_shm_server_options options = {.socket_path = arena->socket,
                                                   .arena_fd = arena->fd,
                                                   .arena_bytes = NUM_PAGES * PAGE_BYTES,
+                                                  .node_id = "store-2",
+                                                  .incarnation = 5,
                                                   .connections_max = connections_max,
                                                   .pins_max = pins_max,
                                                   .pages_max = 2 * NUM_PAGES,
@@ -267,6 +269,25 @@ static void gets_of_what_is_damaged(void **state)
     pins_become(*state, 0);
 }
 
+static void another_answer_than_was_asked_for(void **state)
+{
+    struct arena *arena = *state;
+    for (int i = 0; i < 2; i++) {
+        struct rk_transport *reader = reader_connect(arena);
+        another_answer_is_refused(reader, &arena->pages, i == 1);
+        rk_transport_destroy(reader);
+    }
+    pins_become(arena, 0);
+}
+
+static void another_store_than_was_looked_for(void **state)
+{
+    const struct rk_transport_endpoint endpoint = {.grpc_address = "",
+                                                   .host_id = rk_host_id(),
+                                                   .shm_socket = ((struct arena *)*state)->socket};
+    another_store_is_refused(&endpoint, RK_PATH_SHM);
+}
+
 static void puts_over_this_path(void **state)
 {
     struct rk_transport *reader = reader_connect(*state);
@@ -304,10 +325,10 @@ static void is_dropped(int fd)
 static void raw_hello(int fd)
 {
     struct shm_frame_header hello;
-    char reply[64];
+    char reply[sizeof(hello) + sizeof(struct shm_hello_reply)];
     shm_header_fill(&hello, SHM_HELLO, 1, 0);
     assert_int_equal(send(fd, &hello, sizeof(hello), 0), sizeof(hello));
-    assert_true(recv(fd, reply, sizeof(reply), 0) > 0);
+    assert_int_equal(recv(fd, reply, sizeof(reply), MSG_WAITALL), sizeof(reply));
 }
 
 static void rubbish_drops_only_its_sender(void **state)
@@ -618,6 +639,8 @@ int main(void)
         SERVED(misses_and_errors_carry_their_reason),
         SERVED(gets_in_a_batch),
         SERVED(gets_of_what_is_damaged),
+        SERVED(another_answer_than_was_asked_for),
+        SERVED(another_store_than_was_looked_for),
         SERVED(puts_over_this_path),
         SERVED(the_mapping_is_read_only),
         SERVED(a_killed_reader_lets_go),

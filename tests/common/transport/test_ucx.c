@@ -394,6 +394,24 @@ static void connections_are_bounded(void **state)
     }
 }
 
+static void another_answer_than_was_asked_for(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 2; i++) {
+        struct rk_transport *reader = connected();
+        another_answer_is_refused(reader, &arena.pages, i == 1);
+        rk_transport_destroy(reader);
+    }
+}
+
+static void another_store_than_was_looked_for(void **state)
+{
+    (void)state;
+    const struct rk_transport_endpoint endpoint = {
+        .grpc_address = "", .ucx_address = address_of(rk_ucx_server_port(arena.server))};
+    another_store_is_refused(&endpoint, RK_PATH_UCX);
+}
+
 static void strangers_are_cut_off(void **state)
 {
     (void)state;
@@ -484,6 +502,8 @@ int main(void)
         WITH_SERVER(gets_in_a_batch),
         WITH_SERVER(gets_of_what_is_damaged),
         WITH_SERVER(puts_over_this_path),
+        WITH_SERVER(another_answer_than_was_asked_for),
+        WITH_SERVER(another_store_than_was_looked_for),
         cmocka_unit_test(a_killed_store_is_noticed),
         cmocka_unit_test(a_stopped_store_costs_one_deadline),
         WITH_SERVER(a_killed_reader_lets_go),

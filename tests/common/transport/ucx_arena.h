@@ -29,6 +29,8 @@ static inline enum rk_status arena_serve(struct arena *arena, bool rendezvous,
                                                   .arena = arena->pages.bytes,
                                                   .connections_max = CONNECTIONS,
                                                   .rendezvous = rendezvous,
+                                                  .node_id = "store-2",
+                                                  .incarnation = 5,
                                                   .ops = &pinned_pages_ops,
                                                   .context = &arena->pages};
     return rk_ucx_server_start(&options, &arena->server, error);
