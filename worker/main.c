@@ -40,6 +40,7 @@ struct arguments {
     uint32_t requests_max;
     uint32_t queue_max;
     uint32_t fetch_timeout_ms;
+    uint32_t holds_max;
 };
 
 enum option_key {
@@ -58,6 +59,7 @@ enum option_key {
     KEY_REQUESTS,
     KEY_QUEUE,
     KEY_FETCH_TIMEOUT,
+    KEY_HOLDS,
 };
 
 static const struct argp_option argp_options[] = {
@@ -81,7 +83,10 @@ static const struct argp_option argp_options[] = {
     {"head-map", KEY_HEAD_MAP, "FILE", 0,
      "Head map, JSON: what each KV head's queries see at level fast", 0},
     {"path", KEY_PATH, "auto|shm|ucx|grpc", 0, "Read path from stores (auto: the nearest)", 0},
-    {"fetch-timeout-ms", KEY_FETCH_TIMEOUT, "MS", 0, "A slower fetch counts as a miss (2000)", 0},
+    {"fetch-timeout-ms", KEY_FETCH_TIMEOUT, "MS", 0,
+     "So long a request waits for cached KV in all; the rest is a miss (2000)", 0},
+    {"holds-max", KEY_HOLDS, "N", 0,
+     "Segments that all requests may have fetched together; others wait (2048)", 0},
     {"log-level", KEY_LOG_LEVEL, "LEVEL", 0, "debug, info, warn or error (info)", 0},
     {0},
 };
@@ -200,6 +205,9 @@ static error_t parse_option(int key, char *text, struct argp_state *state)
     case KEY_FETCH_TIMEOUT:
         arguments->fetch_timeout_ms = parse_number(state, "--fetch-timeout-ms", text, 1, 600000);
         break;
+    case KEY_HOLDS:
+        arguments->holds_max = parse_number(state, "--holds-max", text, 1, 1 << 20);
+        break;
     case ARGP_KEY_ARG:
         argp_error(state, "unexpected argument \"%s\"", text);
         break;
@@ -314,7 +322,6 @@ static enum rk_status start_serving(struct worker *worker, const struct argument
         .engine = worker->engine,
         .tokenizer = worker->tokenizer,
         .jobs_active_max = arguments->requests_max,
-        .jobs_queued_max = arguments->queue_max,
     };
     struct rk_rpc_server_options server_options = {
         .address = arguments->listen, .calls_max = 256, .send_timeout_ms = 10000};
@@ -330,6 +337,9 @@ static enum rk_status start_serving(struct worker *worker, const struct argument
         .head_map = worker->head_map,
         .kv = worker->kv,
         .fetch_timeout_ms = (int)arguments->fetch_timeout_ms,
+        .requests_max = arguments->requests_max,
+        .queue_max = arguments->queue_max,
+        .holds_max = arguments->holds_max,
     };
     enum rk_status status = scheduler_start(&scheduler_options, &worker->scheduler, error);
     if (status == RK_OK) {
@@ -387,6 +397,7 @@ static enum rk_status join_cluster(struct worker *worker, const struct arguments
 
 static void stop_all(struct worker *worker)
 {
+    api_stop(worker->api);
     api_membership_stop(worker->membership);
     if (worker->server) {
         rk_rpc_server_stop(worker->server, 2000);

@@ -5,6 +5,8 @@
 
 #include <stdio.h>
 
+#define PLACES_AHEAD 2 /* so that the next request's pages come while others compute */
+
 static void make_metrics(struct api_metrics *metrics)
 {
     static const char *const calls[API_CALLS] = {
@@ -26,6 +28,9 @@ static void make_metrics(struct api_metrics *metrics)
             metrics->misses[i] =
                 rk_metric_counter("redknot_worker_segment_misses_total",
                                   "Segments that could not be reused, by reason.", labels);
+            metrics->restarts[i] = rk_metric_counter(
+                "redknot_worker_restarts_total",
+                "Requests that began again because pages were bad or lost, by reason.", labels);
         }
     }
     for (int i = 0; i < 4; i++) {
@@ -52,6 +57,32 @@ static void make_metrics(struct api_metrics *metrics)
                                                   "Segments that could not be stored.", NULL);
 }
 
+static const struct api_kv_ops kv_ops = {
+    .locate = rk_kv_locate,
+    .get = rk_kv_get,
+    .release = rk_kv_release,
+    .put = rk_kv_put,
+    .drop_copy = rk_kv_drop_copy,
+};
+
+static void scheduler_said(void *context, uint32_t *ret_stalled, uint32_t *ret_queued)
+{
+    const struct api *api = context;
+    struct scheduler_load load;
+    scheduler_load(api->options.scheduler, &load);
+    *ret_stalled = load.stalled;
+    *ret_queued = load.queued;
+}
+
+static void set_defaults(struct api_options *options)
+{
+    options->fetch_timeout_ms = options->fetch_timeout_ms ? options->fetch_timeout_ms : 2000;
+    options->publish_timeout_ms = options->publish_timeout_ms ? options->publish_timeout_ms : 10000;
+    options->requests_max = options->requests_max ? options->requests_max : 8;
+    options->queue_max = options->queue_max ? options->queue_max : 64;
+    options->holds_max = options->holds_max ? options->holds_max : 2048;
+}
+
 enum rk_status api_create(const struct api_options *options, struct api **ret_api,
                           struct rk_error *error)
 {
@@ -60,19 +91,37 @@ enum rk_status api_create(const struct api_options *options, struct api **ret_ap
         return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for the service");
     }
     api->options = *options;
-    if (api->options.fetch_timeout_ms == 0) {
-        api->options.fetch_timeout_ms = 2000;
-    }
-    if (api->options.publish_timeout_ms == 0) {
-        api->options.publish_timeout_ms = 10000;
-    }
+    api->kv = options->kv_ops ? options->kv_ops : &kv_ops;
+    set_defaults(&api->options);
+    atomic_init(&api->stopping, false);
+    atomic_init(&api->num_requests, 0);
     engine_layout(options->engine, &api->layout);
     make_metrics(&api->metrics);
+    struct admission_options admission = {.places = api->options.requests_max + PLACES_AHEAD,
+                                          .holds_max = api->options.holds_max,
+                                          .waiting_max = api->options.queue_max,
+                                          .load = scheduler_said,
+                                          .context = api};
+    enum rk_status status = admission_create(&admission, &api->admission, error);
+    if (status != RK_OK) {
+        rk_free(api);
+        return status;
+    }
     *ret_api = api;
     return RK_OK;
 }
 
+void api_stop(struct api *api)
+{
+    if (api) {
+        atomic_store(&api->stopping, true);
+    }
+}
+
 void api_destroy(struct api *api)
 {
-    rk_free(api);
+    if (api) {
+        admission_destroy(api->admission);
+        rk_free(api);
+    }
 }

@@ -3,6 +3,7 @@
 
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
+#include "common/base/log.h"
 #include "common/base/service.h"
 #include "common/base/text.h"
 #include "common/rpc/rpc.h"
@@ -15,6 +16,7 @@
 #define GENERATE_TOKENS_DEFAULT 128
 #define TEXT_BYTES_MAX          (32u << 20)
 #define LABEL_BYTES_MAX         4096u /* as the coordinator */
+#define PUBLISH_SILENT_MS       INT64_C(500)
 
 /* ---- From the wire ---- */
 
@@ -54,39 +56,72 @@ static enum rk_status input_tokens(const struct api *api, const Redknot__V1__Seg
                             error);
 }
 
-static enum rk_status add_input(struct session *session, const Redknot__V1__SegmentInput *input,
-                                struct rk_error *error)
+static bool given_by_id(const Redknot__V1__SegmentInput *input)
 {
-    /* It comes back in reports, tables and logs. */
-    enum rk_status status =
-        rk_text_check_name("the label", input->label, strlen(input->label), LABEL_BYTES_MAX, error);
-    if (status != RK_OK) {
-        return status;
+    return input->content_case == REDKNOT__V1__SEGMENT_INPUT__CONTENT_SEGMENT_ID;
+}
+
+static enum rk_status check_input(const Redknot__V1__SegmentInput *input, struct rk_error *error)
+{
+    if (given_by_id(input) && input->segment_id.len != RK_ID_BYTES) {
+        return rk_error_set(error, RK_ERR_INVALID, "a segment id has %d bytes, not %zu",
+                            RK_ID_BYTES, input->segment_id.len);
     }
-    if (input->content_case == REDKNOT__V1__SEGMENT_INPUT__CONTENT_SEGMENT_ID) {
-        struct rk_id id;
-        if (input->segment_id.len != sizeof(id.bytes)) {
-            return rk_error_set(error, RK_ERR_INVALID, "a segment id has %zu bytes, not %zu",
-                                sizeof(id.bytes), input->segment_id.len);
-        }
-        memcpy(id.bytes, input->segment_id.data, sizeof(id.bytes));
-        return session_add_segment_id(session, &id, input->label, error);
+    /* It comes back in reports, tables and logs. */
+    return rk_text_check_name("the label", input->label, strlen(input->label), LABEL_BYTES_MAX,
+                              error);
+}
+
+/* location: of one that is given by its id. */
+static enum rk_status add_input(struct session *session, const Redknot__V1__SegmentInput *input,
+                                struct rk_kv_location *location, struct rk_error *error)
+{
+    if (given_by_id(input)) {
+        return session_add_located(session, location, input->label, error);
     }
     char what[32];
     (void)snprintf(what, sizeof(what), "segment %u", session->num_segments);
     struct tokenizer_ids ids = {0};
-    status = input_tokens(session->api, input, what, &ids, error);
+    enum rk_status status = input_tokens(session->api, input, what, &ids, error);
     return status == RK_OK ? session_add_segment(session, ids.data, ids.count, input->label, error)
                            : status;
 }
 
+/* Those that are given by id are looked up together. */
 static enum rk_status add_inputs(struct session *session, Redknot__V1__SegmentInput **inputs,
                                  size_t count, struct rk_error *error)
 {
-    enum rk_status status = RK_OK;
-    for (size_t i = 0; status == RK_OK && i < count; i++) {
-        status = add_input(session, inputs[i], error);
+    if (count > RECOVERY_SEGMENTS_MAX) {
+        return rk_error_set(error, RK_ERR_TOO_LONG, "%zu segments, at most %d are taken", count,
+                            RECOVERY_SEGMENTS_MAX);
     }
+    struct rk_id *ids = rk_alloc_zero(count, sizeof(*ids));
+    struct rk_kv_location *locations = rk_alloc_zero(count, sizeof(*locations));
+    enum rk_status status = RK_OK;
+    size_t num_ids = 0;
+    size_t num_located = 0;
+    if (!ids || !locations) {
+        status = rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for %zu segments", count);
+    }
+    for (size_t i = 0; status == RK_OK && i < count; i++) {
+        status = check_input(inputs[i], error);
+        if (status == RK_OK && given_by_id(inputs[i])) {
+            memcpy(ids[num_ids++].bytes, inputs[i]->segment_id.data, RK_ID_BYTES);
+        }
+    }
+    if (status == RK_OK && num_ids > 0) {
+        status = session_locate_ids(session, ids, num_ids, locations, error);
+        num_located = status == RK_OK ? num_ids : 0;
+    }
+    for (size_t i = 0, id = 0; status == RK_OK && i < count; i++) {
+        status = add_input(session, inputs[i], &locations[id], error);
+        id += given_by_id(inputs[i]);
+    }
+    if (locations) {
+        rk_kv_locations_free(locations, num_located);
+    }
+    rk_free(ids);
+    rk_free(locations);
     return status;
 }
 
@@ -159,13 +194,25 @@ static double seconds_between(int64_t from_ns, int64_t to_ns)
     return to_ns > from_ns ? (double)(to_ns - from_ns) * 1e-9 : 0;
 }
 
+static bool is_reused(const struct recovery_run *run)
+{
+    return run->source == RECOVERY_CHAIN || run->source == RECOVERY_SEGMENT;
+}
+
+/* Behind other segments, and of a segment alone: it was computed without having seen them. */
+static bool is_approximate(const struct recovery_run *run)
+{
+    return run->position > 0 &&
+           (run->source == RECOVERY_SEGMENT || run->source == RECOVERY_COMPUTE_ALONE);
+}
+
 static void report_segment(const struct session *session, uint32_t index,
                            Redknot__V1__SegmentReport *out)
 {
     struct session_segment *segment = &session->segments[index];
     const struct recovery_run *run = &session->plan.runs[index];
     const struct rk_kv_pages *fetched = &session->fetched[index];
-    bool reused = run->source == RECOVERY_CHAIN || run->source == RECOVERY_SEGMENT;
+    bool reused = is_reused(run);
     redknot__v1__segment_report__init(out);
     out->segment_id.data = segment->id.bytes;
     out->segment_id.len = sizeof(segment->id.bytes);
@@ -183,6 +230,12 @@ static void report_segment(const struct session *session, uint32_t index,
     out->tier = (Redknot__V1__Tier)fetched->tier;
 }
 
+static double queue_seconds(const struct session *session)
+{
+    double seconds = seconds_between(session->arrived_ns, session->started_ns) - session->fetch_s;
+    return seconds > 0 ? seconds : 0;
+}
+
 /* Fills the report; its segments live in rows, [num_segments] each. */
 static void report_fill(const struct session *session, Redknot__V1__Report *report,
                         Redknot__V1__SegmentReport *rows, Redknot__V1__SegmentReport **row_pointers)
@@ -196,41 +249,71 @@ static void report_fill(const struct session *session, Redknot__V1__Report *repo
     report->tokens_computed = session->plan.tokens_computed;
     report->tokens_generated = result->num_tokens;
     report->bytes_fetched = session->bytes_fetched;
-    report->ttft_s = seconds_between(session->arrived_ns, result->first_token_ns);
-    report->queue_s = seconds_between(session->arrived_ns, result->started_ns) - session->fetch_s;
+    report->ttft_s = seconds_between(session->arrived_ns, session->first_token_ns);
+    report->queue_s = queue_seconds(session);
     report->fetch_s = session->fetch_s;
-    report->prefill_s = seconds_between(result->started_ns, result->first_token_ns);
+    report->prefill_s = seconds_between(session->started_ns, session->first_token_ns);
     report->total_s = seconds_between(session->arrived_ns, now);
     report->flops = result->flops;
     report->flops_full = engine_flops_full(api->options.engine, session_num_tokens(session));
     report->finish_reason = (char *)(result->ended ? "stop" : "length");
     report->worker = (char *)api->options.node_id;
     report->head_map = session->plan.head_map != NULL;
+    report->approximate = report->head_map;
+    report->request = (char *)session->name;
+    report->restarts = session->restarts;
     report->segments = row_pointers;
     report->n_segments = session->num_segments;
     for (uint32_t i = 0; i < session->num_segments; i++) {
         report_segment(session, i, &rows[i]);
         row_pointers[i] = &rows[i];
+        bool approximate = is_approximate(&session->plan.runs[i]);
+        report->approximate = report->approximate || approximate;
+        report->tokens_reused_exact += approximate ? 0 : rows[i].tokens_reused;
         if (rows[i].path != REDKNOT__V1__PATH__PATH_UNSPECIFIED) {
             report->path = rows[i].path;
         }
     }
 }
 
+/* One line for each request, without its text. */
+static void log_request(const struct session *session, enum api_call call, enum rk_status status,
+                        const struct rk_error *error)
+{
+    static const char *const names[API_CALLS] = {
+        [API_PUT] = "PutSegment", [API_GENERATE] = "Generate", [API_SCORE] = "Score"};
+    RK_LOG_INFO("request",
+                "id=%s call=%s level=%s status=%s reason=%q segments=%u tokens=%u reused=%u "
+                "computed=%u generated=%u rows=%u restarts=%u path=%s bytes_fetched=%llu "
+                "queue_s=%.4f fetch_s=%.4f ttft_s=%.4f total_s=%.4f stored=%u not_stored=%u",
+                session->name, names[call], session->level ? session->level->name : "",
+                rk_status_name(status), status == RK_OK ? "" : error->text, session->num_segments,
+                session_num_tokens(session), session->plan.tokens_reused,
+                session->plan.tokens_computed, session->num_told, session->rows_told,
+                session->restarts, rk_path_name(session->path),
+                (unsigned long long)session->bytes_fetched, queue_seconds(session),
+                session->fetch_s, seconds_between(session->arrived_ns, session->first_token_ns),
+                seconds_between(session->arrived_ns, rk_clock_ns()), session->num_stored,
+                session->num_not_stored);
+}
+
 static void count_request(const struct api *api, enum api_call call, enum rk_status status,
-                          const struct session *session)
+                          const struct session *session, const struct rk_error *error)
 {
     const struct api_metrics *metrics = &api->metrics;
     rk_metric_add(metrics->requests[call], 1);
     if (status != RK_OK) {
         rk_metric_add(metrics->failures[call], 1);
-    } else if (session && session->plan.level) {
+    } else if (call != API_PUT) {
         rk_metric_observe(metrics->ttft,
-                          seconds_between(session->arrived_ns, session->result.first_token_ns));
+                          seconds_between(session->arrived_ns, session->first_token_ns));
         rk_metric_observe(metrics->fetch, session->fetch_s);
         rk_metric_add(metrics->tokens_computed, session->plan.tokens_computed);
         rk_metric_add(metrics->tokens_reused, session->plan.tokens_reused);
         rk_metric_add(metrics->tokens_generated, session->result.num_tokens);
+    }
+    if (session) {
+        log_request(session, call, status, error);
     }
 }
 
@@ -246,7 +329,13 @@ struct running {
 
 static bool call_cancelled(void *context)
 {
-    return rk_rpc_call_cancelled(((struct running *)context)->call);
+    return rk_rpc_call_cancelled(context);
+}
+
+static struct rk_until call_until(struct rk_rpc_call *call)
+{
+    return (struct rk_until){
+        .deadline_ns = rk_rpc_call_deadline_ns(call), .cancelled = call_cancelled, .context = call};
 }
 
 static enum rk_status put_event(void *context, const struct scheduler_event *event)
@@ -268,7 +357,8 @@ static enum rk_status put_segment(struct api *api, struct rk_rpc_call *call,
     if (!request->segment) {
         return rk_error_set(error, RK_ERR_INVALID, "the request names no segment");
     }
-    enum rk_status status = add_input(session, request->segment, error);
+    enum rk_status status =
+        add_inputs(session, (Redknot__V1__SegmentInput *[]){request->segment}, 1, error);
     if (status != RK_OK) {
         return status;
     }
@@ -279,10 +369,7 @@ static enum rk_status put_segment(struct api *api, struct rk_rpc_call *call,
         rk_kv_pages_total(&api->layout, segment->num_tokens) * rk_kv_page_bytes(&api->layout);
     reply.already_stored = session_segment_stored(session);
     if (!reply.already_stored) {
-        struct session_run run = {.deadline_ns = rk_rpc_call_deadline_ns(call),
-                                  .on_event = put_event,
-                                  .cancelled = call_cancelled,
-                                  .context = &running};
+        struct session_run run = {.on_event = put_event, .context = &running};
         status = session_put(session, &run, &reply.bytes, error);
     }
     if (status != RK_OK) {
@@ -418,17 +505,70 @@ static enum rk_status send_report(struct session *session, struct rk_rpc_call *c
     return status;
 }
 
+/* What is stored behind an answer. */
+struct publishing {
+    struct api *api;
+    struct rk_rpc_call *call;
+    const struct session *session;
+    uint32_t seen; /* segments that were stored */
+    int64_t progress_ns;
+    bool ended; /* the call */
+};
+
+/* Asked every RK_UNTIL_SLICE_MS of a wait. The client waits for the end of the call before its next
+ * request, so a store that is silent must not delay it; nor may pages of the pool be kept from
+ * those who wait for them. */
+static bool publishing_over(void *context)
+{
+    struct publishing *publishing = context;
+    struct scheduler_load load;
+    int64_t now = rk_clock_ns();
+    if (atomic_load(&publishing->api->stopping) || rk_rpc_call_cancelled(publishing->call)) {
+        return true;
+    }
+    if (publishing->session->num_stored != publishing->seen) {
+        publishing->seen = publishing->session->num_stored;
+        publishing->progress_ns = now;
+    }
+    if (!publishing->ended && now - publishing->progress_ns > PUBLISH_SILENT_MS * 1000000) {
+        rk_rpc_call_end_early(publishing->call);
+        publishing->ended = true;
+    }
+    scheduler_load(publishing->api->options.scheduler, &load);
+    return publishing->ended && load.queued > 0;
+}
+
+/* The client has its answer already. */
+static void publish(struct api *api, struct rk_rpc_call *call, struct session *session)
+{
+    struct publishing publishing = {
+        .api = api, .call = call, .session = session, .progress_ns = rk_clock_ns()};
+    struct rk_until until = {.deadline_ns = rk_deadline_in_ms(api->options.publish_timeout_ms),
+                             .cancelled = publishing_over,
+                             .context = &publishing};
+    session_leave(session);
+    session_publish(session, &until);
+    if (publishing.ended || session->num_stored + session->num_not_stored == 0) {
+        return;
+    }
+    Redknot__V1__GenerateReply reply = REDKNOT__V1__GENERATE_REPLY__INIT;
+    Redknot__V1__StoreReport stored = REDKNOT__V1__STORE_REPORT__INIT;
+    stored.segments_stored = session->num_stored;
+    stored.segments_not_stored = session->num_not_stored;
+    stored.problem = session->store_error.text;
+    reply.stored = &stored;
+    enum rk_status status = rk_rpc_call_send(call, &reply.base);
+    (void)status; /* Who is gone has had the answer. */
+}
+
 static enum rk_status generate(struct api *api, struct rk_rpc_call *call,
                                const Redknot__V1__GenerateRequest *request, struct session *session,
                                struct rk_error *error)
 {
     bool chat = !request->raw && tokenizer_has_chat(api->options.tokenizer);
     struct running running = {.api = api, .call = call};
-    struct session_run run = {.ignore_end = request->ignore_eos,
-                              .deadline_ns = rk_rpc_call_deadline_ns(call),
-                              .on_event = generate_event,
-                              .cancelled = call_cancelled,
-                              .context = &running};
+    struct session_run run = {
+        .ignore_end = request->ignore_eos, .on_event = generate_event, .context = &running};
     uint32_t wanted = request->max_tokens ? request->max_tokens : GENERATE_TOKENS_DEFAULT;
     enum rk_status status = find_level(request->level, &session->level, error);
     if (status == RK_OK) {
@@ -451,9 +591,9 @@ static enum rk_status generate(struct api *api, struct rk_rpc_call *call,
     }
     if (status == RK_OK) {
         status = send_report(session, call, false);
-        if (!request->no_publish) {
-            session_publish(session); /* The client has its answer already. */
-        }
+    }
+    if (status == RK_OK && !request->no_publish) {
+        publish(api, call, session);
     }
     return status;
 }
@@ -476,11 +616,8 @@ static enum rk_status score(struct api *api, struct rk_rpc_call *call,
                             struct rk_error *error)
 {
     struct running running = {.api = api, .call = call};
-    struct session_run run = {.deadline_ns = rk_rpc_call_deadline_ns(call),
-                              .on_event = score_event,
-                              .cancelled = call_cancelled,
-                              .context = &running,
-                              .sampler = {.top_p = 1}};
+    struct session_run run = {
+        .on_event = score_event, .context = &running, .sampler = {.top_p = 1}};
     struct tokenizer_ids prompt = {0};
     struct tokenizer_ids forced = {0};
     uint32_t room = 0;
@@ -534,12 +671,14 @@ static enum rk_status handle_put(struct rk_rpc_call *call, void *context, struct
         rk_rpc_call_recv(call, &redknot__v1__put_segment_request__descriptor, &message);
     if (status == RK_OK) {
         const Redknot__V1__PutSegmentRequest *request = (const void *)message;
-        status = session_create(api, request->salt.data, request->salt.len, &session, error);
+        struct rk_until until = call_until(call);
+        status =
+            session_create(api, &until, request->salt.data, request->salt.len, &session, error);
         if (status == RK_OK) {
             status = put_segment(api, call, request, session, error);
         }
     }
-    count_request(api, API_PUT, status, NULL);
+    count_request(api, API_PUT, status, session, error);
     session_destroy(session);
     rk_rpc_message_free(message);
     return status;
@@ -555,12 +694,14 @@ static enum rk_status handle_generate(struct rk_rpc_call *call, void *context,
         rk_rpc_call_recv(call, &redknot__v1__generate_request__descriptor, &message);
     if (status == RK_OK) {
         const Redknot__V1__GenerateRequest *request = (const void *)message;
-        status = session_create(api, request->salt.data, request->salt.len, &session, error);
+        struct rk_until until = call_until(call);
+        status =
+            session_create(api, &until, request->salt.data, request->salt.len, &session, error);
         if (status == RK_OK) {
             status = generate(api, call, request, session, error);
         }
     }
-    count_request(api, API_GENERATE, status, session);
+    count_request(api, API_GENERATE, status, session, error);
     session_destroy(session);
     rk_rpc_message_free(message);
     return status;
@@ -575,12 +716,14 @@ static enum rk_status handle_score(struct rk_rpc_call *call, void *context, stru
         rk_rpc_call_recv(call, &redknot__v1__score_request__descriptor, &message);
     if (status == RK_OK) {
         const Redknot__V1__ScoreRequest *request = (const void *)message;
-        status = session_create(api, request->salt.data, request->salt.len, &session, error);
+        struct rk_until until = call_until(call);
+        status =
+            session_create(api, &until, request->salt.data, request->salt.len, &session, error);
         if (status == RK_OK) {
             status = score(api, call, request, session, error);
         }
     }
-    count_request(api, API_SCORE, status, session);
+    count_request(api, API_SCORE, status, session, error);
     session_destroy(session);
     rk_rpc_message_free(message);
     return status;
@@ -644,7 +787,7 @@ static enum rk_status handle_status(struct rk_rpc_call *call, void *context, str
     struct scheduler_load load;
     scheduler_load(options->scheduler, &load);
     reply.requests_active = load.active;
-    reply.requests_queued = load.queued;
+    reply.requests_queued = load.queued + admission_waiting(api->admission);
     reply.version = (char *)REDKNOT_VERSION;
     reply.cluster_id = (char *)rk_service_cluster();
     reply.pid = (uint32_t)getpid();

@@ -81,6 +81,8 @@ void engine_sequence_run_pages(const struct engine_sequence *sequence, uint32_t 
 double engine_sequence_flops(const struct engine_sequence *sequence);
 /* After RK_MISS_CHECKSUM: the run whose page was bad. */
 uint32_t engine_sequence_bad_run(const struct engine_sequence *sequence);
+/* And which page of it. */
+struct rk_extent engine_sequence_bad_page(const struct engine_sequence *sequence);
 
 struct engine_row {
     int32_t token_id;

@@ -122,6 +122,7 @@ struct engine_sequence {
     bool in_call;
     double flops;
     uint32_t bad_run;
+    struct rk_extent bad_page;
     bool broken; /* after RK_MISS_CHECKSUM */
 };
 

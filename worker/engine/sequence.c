@@ -240,6 +240,11 @@ uint32_t engine_sequence_bad_run(const struct engine_sequence *sequence)
     return sequence->bad_run;
 }
 
+struct rk_extent engine_sequence_bad_page(const struct engine_sequence *sequence)
+{
+    return sequence->bad_page;
+}
+
 /* ---- Rows of a call ---- */
 
 static enum rk_status check_row(const struct engine_item *item, uint32_t i, struct rk_error *error)
@@ -553,7 +558,12 @@ enum rk_status engine_sequence_verify(struct engine_sequence *sequence, uint32_t
         }
         int64_t bad = first_bad_page(engine, run, layer);
         if (bad < (int64_t)engine->layout.num_kv_heads * run->num_pages) {
+            uint32_t page = (uint32_t)(bad % run->num_pages);
             sequence->bad_run = r;
+            sequence->bad_page = (struct rk_extent){.layer = layer,
+                                                    .kv_head = (uint32_t)(bad / run->num_pages),
+                                                    .page_begin = page,
+                                                    .page_end = page + 1};
             sequence->broken = true;
             return rk_error_set(error, RK_MISS_CHECKSUM,
                                 "run %u, layer %u, head %u, page %u does not match its checksum", r,

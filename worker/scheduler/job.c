@@ -325,6 +325,7 @@ enum rk_status job_prefill_chunk(struct scheduler_job *job, uint32_t rows_max, u
             engine_forward(job->scheduler->engine, &item, 1, false, job->scheduler->logits, error);
         if (status == RK_MISS_CHECKSUM) {
             job->bad_segment = segment_of_run(job, engine_sequence_bad_run(job->main));
+            job->bad_page = engine_sequence_bad_page(job->main);
         }
         job->next_row += status == RK_OK ? rows : 0;
     }

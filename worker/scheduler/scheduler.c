@@ -30,6 +30,7 @@ static void finish(struct scheduler_job *job, enum rk_status status, const struc
     job->state = JOB_DONE;
     job->status = status;
     job->result.bad_segment = job->bad_segment;
+    job->result.bad_page = job->bad_page;
     if (status != RK_OK && error) {
         memcpy(job->result.text, error->text, sizeof(job->result.text));
     }

@@ -113,9 +113,10 @@ void scheduler_job_release(struct scheduler_job *job);
 struct scheduler_result {
     bool ended; /* by an end token; else by tokens_max */
     uint32_t num_tokens;
-    uint32_t bad_segment; /* with RK_MISS_*: whose pages were bad or are lost */
-    double flops;         /* of the prompt */
-    int64_t started_ns;   /* left the queue */
+    uint32_t bad_segment;      /* with RK_MISS_*: whose pages were bad or are lost */
+    struct rk_extent bad_page; /* with RK_MISS_CHECKSUM: that page of it */
+    double flops;              /* of the prompt */
+    int64_t started_ns;        /* left the queue */
     int64_t first_token_ns;
     char text[512]; /* of an error */
 };

@@ -34,7 +34,8 @@ struct scheduler_job {
     uint32_t *run_of_segment; /* run index in main */
     int32_t last_token;
     uint32_t next_position;
-    uint32_t bad_segment; /* after RK_MISS_CHECKSUM */
+    uint32_t bad_segment; /* after RK_MISS_* */
+    struct rk_extent bad_page;
 
     /* Guarded. */
     enum job_state state;
