@@ -64,6 +64,7 @@ struct coordinator {
     struct metadata *metadata;
     uint64_t generation_next;  /* under write_lock */
     uint64_t generation_limit; /* end of the block that is reserved on disk */
+    uint64_t generation_seen;  /* the highest one of a record that was loaded */
 
     pthread_mutex_t index_lock;
     struct index *index;
@@ -102,13 +103,23 @@ RK_MUST_CHECK enum rk_status coordinator_skip_generation(struct coordinator *coo
 /* All that was ever handed out is not wanted any more. Synced. Under write_lock. */
 RK_MUST_CHECK enum rk_status coordinator_drop_generations(struct coordinator *coordinator,
                                                           struct rk_error *error);
+/* A generation above it was not handed out by us, or by anybody before us. Under write_lock. */
+uint64_t coordinator_generation_ceiling(const struct coordinator *coordinator);
 RK_MUST_CHECK enum rk_status coordinator_save_node(struct coordinator *coordinator,
                                                    const Redknot__V1__NodeInfo *info,
                                                    struct rk_error *error);
-RK_MUST_CHECK enum rk_status coordinator_save_tokens(struct coordinator *coordinator,
-                                                     const struct rk_id *id,
-                                                     const uint32_t *token_ids, size_t num_tokens,
-                                                     struct rk_error *error);
+struct coordinator_tokens {
+    struct rk_id id;
+    const uint32_t *token_ids;
+    size_t num_tokens;
+};
+/* Of segments that are about to be known; settle them afterwards, whatever became of them. Both
+ * under write_lock. */
+RK_MUST_CHECK enum rk_status coordinator_save_tokens_ahead(struct coordinator *coordinator,
+                                                           const struct coordinator_tokens *tokens,
+                                                           size_t count, struct rk_error *error);
+/* Flushes, then removes the tokens of those that did not become known. */
+void coordinator_settle_tokens(struct coordinator *coordinator, const struct index_ids *ids);
 /* The segment's record and tokens in one synced batch. */
 RK_MUST_CHECK enum rk_status coordinator_save_commit(struct coordinator *coordinator,
                                                      const struct segment_spec *spec,

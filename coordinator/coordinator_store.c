@@ -1,5 +1,6 @@
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
+#include "common/base/log.h"
 #include "coordinator/coordinator_internal.h"
 #include "coordinator/record.h"
 
@@ -11,6 +12,7 @@
 /* A database that is lost and made anew begins beyond what the old one handed out: with the
  * time in seconds above 20 bits, unless it placed more than a million segments a second. */
 #define GENERATION_TIME_SHIFT 20
+#define GENERATION_SLACK_S    (UINT64_C(100) * 366 * 86400)
 #define FLUSH_BATCH           512u
 
 static const char format_key[] = "m/format";
@@ -80,7 +82,7 @@ static enum rk_status get_counter(struct coordinator *coordinator, const void *k
     record = (Redknot__Coordinator__V1__CounterRecord *)record_unpack(
         &redknot__coordinator__v1__counter_record__descriptor, data, bytes);
     rk_free(data);
-    if (record == NULL || record->value == 0 || record->value >= RECORD_GENERATION_MAX) {
+    if (record == NULL || record->value == 0) {
         record_free(record == NULL ? NULL : &record->base);
         return corrupt(coordinator, error, "a counter is unreadable");
     }
@@ -126,10 +128,33 @@ enum rk_status coordinator_next_generation(struct coordinator *coordinator,
 enum rk_status coordinator_skip_generation(struct coordinator *coordinator, uint64_t generation,
                                            struct rk_error *error)
 {
+    enum rk_status status;
+
     if (generation < coordinator->generation_next) {
         return RK_OK;
     }
-    return reserve_generations(coordinator, generation + 1, error);
+    status = reserve_generations(coordinator, generation + 1, error);
+    if (status != RK_OK) { /* The next one that is handed out reserves first. */
+        coordinator->generation_next = generation + 1;
+        coordinator->generation_limit = generation + 1;
+    }
+    return status;
+}
+
+/* A new database counts from the time in seconds, and no counter gets ahead of that; a clock that
+ * was wrong, or ours that is, may put it years off, hence a century. It does not follow what was
+ * announced: otherwise each announcement could move it further. */
+static uint64_t ceiling_by_time(void)
+{
+    return ((uint64_t)time(NULL) + GENERATION_SLACK_S) << GENERATION_TIME_SHIFT;
+}
+
+uint64_t coordinator_generation_ceiling(const struct coordinator *coordinator)
+{
+    uint64_t ceiling = ceiling_by_time();
+    uint64_t handed_out = coordinator->generation_next - 1;
+
+    return handed_out > ceiling ? handed_out : ceiling;
 }
 
 enum rk_status coordinator_drop_generations(struct coordinator *coordinator, struct rk_error *error)
@@ -224,6 +249,19 @@ static enum rk_status load_node(const void *key, size_t key_bytes, const void *v
     return status == RK_ERR_NO_MEMORY ? out_of_memory(error) : status;
 }
 
+/* Somebody announced it to a former version of ours, which believed it. The journal, at the end of
+ * loading, takes the record away. */
+static void forget_implausible(struct coordinator *coordinator, char kind, const struct rk_id *id,
+                               uint64_t generation)
+{
+    char hex[RK_ID_HEX_BYTES];
+
+    rk_id_to_hex(id, hex);
+    RK_LOG_WARN("record_implausible", "kind=%c segment=%s generation=%llu action=forgotten", kind,
+                hex, (unsigned long long)generation);
+    index_journal_add(coordinator->index, kind, id);
+}
+
 static enum rk_status load_segment(const void *key, size_t key_bytes, const void *value,
                                    size_t value_bytes, void *context, struct rk_error *error)
 {
@@ -237,7 +275,12 @@ static enum rk_status load_segment(const void *key, size_t key_bytes, const void
          memcmp((const char *)key + 2, segment.spec.id.bytes, RK_ID_BYTES) != 0)) {
         status = RK_ERR_CORRUPT;
     }
-    if (status == RK_OK) {
+    if (status == RK_OK && segment.spec.generation > coordinator_generation_ceiling(coordinator)) {
+        forget_implausible(coordinator, 's', &segment.spec.id, segment.spec.generation);
+    } else if (status == RK_OK) {
+        if (segment.spec.generation > coordinator->generation_seen) {
+            coordinator->generation_seen = segment.spec.generation;
+        }
         status = index_segment_put(coordinator->index, &segment.spec, rk_clock_ns(), &drops);
     }
     index_drops_free(&drops); /* Over a smaller --segments-max: tombstones tell the stores. */
@@ -260,13 +303,35 @@ static enum rk_status load_tombstone(const void *key, size_t key_bytes, const vo
 
     if (record != NULL && key_bytes == RECORD_KEY_BYTES) {
         memcpy(id.bytes, (const char *)key + 2, RK_ID_BYTES);
-        status = index_tombstone_put(coordinator->index, &id, record->generation);
+        status = RK_OK;
+        if (record->generation > coordinator_generation_ceiling(coordinator)) {
+            forget_implausible(coordinator, 'd', &id, record->generation);
+        } else {
+            status = index_tombstone_put(coordinator->index, &id, record->generation);
+        }
     }
     record_free(record == NULL ? NULL : &record->base);
     if (status == RK_ERR_CORRUPT) {
         return corrupt(coordinator, error, "a tombstone is unreadable");
     }
     return status == RK_ERR_NO_MEMORY ? out_of_memory(error) : status;
+}
+
+/* 0: there is none that can be believed. */
+static enum rk_status load_generation(struct coordinator *coordinator, const void *key,
+                                      size_t key_bytes, uint64_t *ret_value, struct rk_error *error)
+{
+    uint64_t value = 0;
+    enum rk_status status = get_counter(coordinator, key, key_bytes, &value, error);
+
+    if (status == RK_OK && value > ceiling_by_time() + GENERATION_BLOCK) {
+        RK_LOG_WARN("counter_implausible", "key=%.*s value=%llu action=%q", (int)key_bytes,
+                    (const char *)key, (unsigned long long)value,
+                    "it is ignored, and counting goes on from the time");
+        value = 0;
+    }
+    *ret_value = value;
+    return status;
 }
 
 static enum rk_status load_counters(struct coordinator *coordinator, struct rk_error *error)
@@ -278,10 +343,10 @@ static enum rk_status load_counters(struct coordinator *coordinator, struct rk_e
     enum rk_status status = get_counter(coordinator, KEY(epoch_key), &epoch, error);
 
     if (status == RK_OK) {
-        status = get_counter(coordinator, KEY(generation_key), &generation, error);
+        status = load_generation(coordinator, KEY(generation_key), &generation, error);
     }
     if (status == RK_OK) {
-        status = get_counter(coordinator, KEY(floor_key), &floor, error);
+        status = load_generation(coordinator, KEY(floor_key), &floor, error);
         index_floor_set(coordinator->index, floor);
     }
     if (status == RK_OK) {
@@ -296,12 +361,34 @@ static enum rk_status load_counters(struct coordinator *coordinator, struct rk_e
     return status;
 }
 
+/* Tokens of announcements that did not come to their end. */
+struct ahead {
+    struct coordinator *coordinator;
+    struct index_ids ids;
+};
+
+static enum rk_status load_ahead(const void *key, size_t key_bytes, const void *value,
+                                 size_t value_bytes, void *context, struct rk_error *error)
+{
+    struct ahead *ahead = context;
+    struct rk_id id;
+
+    (void)value;
+    (void)value_bytes;
+    if (key_bytes != RECORD_KEY_BYTES) {
+        return corrupt(ahead->coordinator, error, "a mark of tokens is unreadable");
+    }
+    memcpy(id.bytes, (const char *)key + 2, RK_ID_BYTES);
+    return index_ids_add(&ahead->ids, &id) == RK_OK ? RK_OK : out_of_memory(error);
+}
+
 enum rk_status coordinator_load(struct coordinator *coordinator, struct rk_error *error)
 {
     static const struct {
         const char *prefix;
         metadata_visit visit;
     } tables[] = {{"n/", load_node}, {"d/", load_tombstone}, {"s/", load_segment}};
+    struct ahead ahead = {.coordinator = coordinator};
     enum rk_status status = check_format(coordinator, error);
 
     if (status == RK_OK) {
@@ -311,7 +398,20 @@ enum rk_status coordinator_load(struct coordinator *coordinator, struct rk_error
         status = coordinator->ops->scan(coordinator->metadata, tables[i].prefix, 2, tables[i].visit,
                                         coordinator, error);
     }
-    return status != RK_OK ? status : coordinator_flush(coordinator, false, error);
+    if (status == RK_OK) {
+        status = coordinator_skip_generation(coordinator, coordinator->generation_seen, error);
+    }
+    if (status == RK_OK) {
+        status = coordinator->ops->scan(coordinator->metadata, "a/", 2, load_ahead, &ahead, error);
+    }
+    if (status == RK_OK) {
+        status = coordinator_flush(coordinator, false, error);
+    }
+    if (status == RK_OK && ahead.ids.count != 0) {
+        coordinator_settle_tokens(coordinator, &ahead.ids);
+    }
+    index_ids_free(&ahead.ids);
+    return status;
 }
 
 /* ---- Saving ---- */
@@ -451,16 +551,81 @@ static void tokens_record(const uint32_t *token_ids, size_t num_tokens,
     ret_record->token_ids = (uint32_t *)(uintptr_t)token_ids;
 }
 
-enum rk_status coordinator_save_tokens(struct coordinator *coordinator, const struct rk_id *id,
-                                       const uint32_t *token_ids, size_t num_tokens,
-                                       struct rk_error *error)
+/* Each with a mark beside it, so that a crash before its segment is known leaves none behind. */
+enum rk_status coordinator_save_tokens_ahead(struct coordinator *coordinator,
+                                             const struct coordinator_tokens *tokens, size_t count,
+                                             struct rk_error *error)
 {
-    Redknot__Coordinator__V1__TokensRecord record;
-    uint8_t key[RECORD_KEY_BYTES];
+    struct metadata_change *changes = rk_alloc_zero(2 * count, sizeof(*changes));
+    uint8_t(*keys)[RECORD_KEY_BYTES] = rk_alloc_zero(2 * count, sizeof(*keys));
+    enum rk_status status = changes == NULL || keys == NULL ? RK_ERR_NO_MEMORY : RK_OK;
+    size_t packed = 0;
 
-    record_key('t', id, key);
-    tokens_record(token_ids, num_tokens, &record);
-    return put_message(coordinator, key, sizeof(key), &record.base, false, error);
+    for (; status == RK_OK && packed < count; packed++) {
+        struct metadata_change *change = &changes[2 * packed];
+        Redknot__Coordinator__V1__TokensRecord record;
+
+        record_key('t', &tokens[packed].id, keys[2 * packed]);
+        record_key('a', &tokens[packed].id, keys[2 * packed + 1]);
+        tokens_record(tokens[packed].token_ids, tokens[packed].num_tokens, &record);
+        change[0].key = keys[2 * packed];
+        change[0].key_bytes = RECORD_KEY_BYTES;
+        change[0].value = record_pack(&record.base, &change[0].value_bytes);
+        change[1].key = keys[2 * packed + 1];
+        change[1].key_bytes = RECORD_KEY_BYTES;
+        change[1].value = "";
+        status = change[0].value == NULL ? RK_ERR_NO_MEMORY : RK_OK;
+    }
+    status = status == RK_OK
+                 ? coordinator->ops->write(coordinator->metadata, changes, 2 * count, false, error)
+                 : out_of_memory(error);
+    for (size_t i = 0; i < packed; i++) {
+        rk_free((void *)(uintptr_t)changes[2 * i].value);
+    }
+    rk_free(changes);
+    rk_free(keys);
+    return status;
+}
+
+/* Takes the marks away again, and the tokens of what is not known after all. */
+static enum rk_status settle_some(struct coordinator *coordinator, struct flush_batch *batch,
+                                  const struct rk_id *ids, size_t count, struct rk_error *error)
+{
+    batch->num_changes = 0;
+    (void)pthread_mutex_lock(&coordinator->index_lock);
+    for (size_t i = 0; i < count; i++) {
+        const struct index_segment *segment = index_segment_find(coordinator->index, &ids[i]);
+
+        add_change(batch, 'a', &ids[i], NULL, 0);
+        if (segment == NULL || !segment->has_tokens) {
+            add_change(batch, 't', &ids[i], NULL, 0);
+        }
+    }
+    (void)pthread_mutex_unlock(&coordinator->index_lock);
+    return coordinator->ops->write(coordinator->metadata, batch->changes, batch->num_changes, false,
+                                   error);
+}
+
+void coordinator_settle_tokens(struct coordinator *coordinator, const struct index_ids *ids)
+{
+    struct flush_batch *batch = rk_alloc(sizeof(*batch));
+    struct rk_error error = {0};
+    /* The segments first: with them the tokens are not left behind. */
+    enum rk_status status = coordinator_flush(coordinator, false, &error);
+
+    if (batch == NULL) {
+        status = out_of_memory(&error);
+    }
+    for (size_t begin = 0; status == RK_OK && begin < ids->count; begin += FLUSH_BATCH) {
+        size_t left = ids->count - begin;
+
+        status = settle_some(coordinator, batch, ids->items + begin,
+                             left < FLUSH_BATCH ? left : FLUSH_BATCH, &error);
+    }
+    if (status != RK_OK) { /* The next start does it. */
+        RK_LOG_WARN("metadata_behind", "reason=%q", error.text);
+    }
+    rk_free(batch);
 }
 
 enum rk_status coordinator_save_commit(struct coordinator *coordinator,

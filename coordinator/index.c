@@ -18,6 +18,7 @@ enum rk_status index_create(uint32_t segments_max, int64_t timeout_ns, int64_t s
         return RK_ERR_NO_MEMORY;
     }
     index->segments_max = segments_max;
+    index->changes = 1; /* 0 is no mark. */
     index->timeout_ns = timeout_ns;
     index->slow_start_ns = slow_start_ns;
     *ret_index = index;

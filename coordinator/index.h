@@ -141,16 +141,20 @@ struct index_journal_entry {
     struct rk_id id;
 };
 
-/* One announced shard; adopted is set when it made or completed a segment. */
+/* One announced shard. */
 struct index_announced {
-    const Redknot__V1__AnnounceRequest__Entry *entry;
     struct rk_id id;
     struct rk_id fingerprint;
     struct rk_kv_layout layout;
     struct rk_head_range heads;
     struct rk_origin origin;
-    bool adopted;
-    bool unwanted;
+    uint64_t generation;
+    uint32_t shard_index;
+    uint32_t num_shards;
+    uint32_t num_tokens;
+    char *label; /* NULL: none */
+    bool has_tokens;
+    bool unwanted; /* its store should drop it */
 };
 
 struct index;
@@ -221,13 +225,14 @@ uint64_t index_kv_bytes(const struct index *index); /* of segments that have KV 
 
 /* ---- Announce ---- */
 
-/* Take it before the first message; changes after it win over the announced state. */
+/* Changes after it win over the announced state; never 0. */
 uint64_t index_changes(const struct index *index);
-/* Replaces the belief about node by what it announced. Fills adopted and unwanted. */
+/* One shard that node says it holds: believes it, or marks it as unwanted. */
 RK_MUST_CHECK enum rk_status index_announce(struct index *index, struct index_node *node,
-                                            struct index_announced *announced, size_t count,
-                                            uint64_t since, int64_t now_ns,
-                                            struct index_drops *drops);
+                                            struct index_announced *announced, uint64_t since,
+                                            int64_t now_ns, struct index_drops *drops);
+/* That was all of it: what else was believed about the node, from before since, is evicted. */
+void index_announce_end(struct index *index, struct index_node *node, uint64_t since);
 
 /* ---- Tombstones ---- */
 

@@ -343,9 +343,8 @@ enum rk_status index_segment_state(const struct index *index, const struct index
 
 static bool same_shape(const struct index_segment *segment, const struct index_announced *announced)
 {
-    const Redknot__V1__Shard *shard = announced->entry->shard;
-
-    return segment->num_shards == shard->num_shards && segment->num_tokens == shard->num_tokens &&
+    return segment->num_shards == announced->num_shards &&
+           segment->num_tokens == announced->num_tokens &&
            rk_kv_layout_equal(&segment->layout, &announced->layout) &&
            rk_id_equal(&segment->fingerprint, &announced->fingerprint);
 }
@@ -354,18 +353,18 @@ static bool same_shape(const struct index_segment *segment, const struct index_a
 static enum rk_status adopt(struct index *index, const struct index_announced *announced,
                             int64_t now_ns, struct index_drops *drops)
 {
-    const Redknot__V1__Shard *shard = announced->entry->shard;
-    struct segment_location_spec *locations = rk_alloc_zero(shard->num_shards, sizeof(*locations));
+    struct segment_location_spec *locations =
+        rk_alloc_zero(announced->num_shards, sizeof(*locations));
     struct segment_spec spec = {
         .id = announced->id,
         .fingerprint = announced->fingerprint,
         .layout = announced->layout,
-        .generation = shard->generation,
-        .num_tokens = shard->num_tokens,
-        .num_shards = shard->num_shards,
-        .label = announced->entry->label,
+        .generation = announced->generation,
+        .num_tokens = announced->num_tokens,
+        .num_shards = announced->num_shards,
+        .label = announced->label,
         .origin = announced->origin,
-        .has_tokens = announced->entry->n_token_ids != 0,
+        .has_tokens = announced->has_tokens,
         .locations = locations,
     };
     enum rk_status status;
@@ -373,7 +372,7 @@ static enum rk_status adopt(struct index *index, const struct index_announced *a
     if (locations == NULL) {
         return RK_ERR_NO_MEMORY;
     }
-    for (uint32_t i = 0; i < shard->num_shards; i++) {
+    for (uint32_t i = 0; i < announced->num_shards; i++) {
         locations[i].heads = announced->heads;
     }
     status = index_segment_put(index, &spec, now_ns, drops);
@@ -381,74 +380,74 @@ static enum rk_status adopt(struct index *index, const struct index_announced *a
     return status;
 }
 
-static enum rk_status announce_one(struct index *index, struct index_node *node,
-                                   struct index_announced *announced, uint64_t since,
-                                   int64_t now_ns, struct index_drops *drops)
+/* What the segment's record does not say yet. */
+static enum rk_status complete(struct index *index, struct index_segment *segment,
+                               const struct index_announced *announced)
 {
-    const Redknot__V1__Shard *shard = announced->entry->shard;
+    if (!segment->has_tokens && announced->has_tokens) {
+        segment->has_tokens = true;
+        index_journal_add(index, 's', &segment->id);
+    }
+    if (rk_origin_known(&segment->origin) || !rk_origin_known(&announced->origin)) {
+        return RK_OK;
+    }
+    segment->origin = announced->origin; /* The record is of an older version. */
+    index_journal_add(index, 's', &segment->id);
+    return index_kin_link(index, segment);
+}
+
+enum rk_status index_announce(struct index *index, struct index_node *node,
+                              struct index_announced *announced, uint64_t since, int64_t now_ns,
+                              struct index_drops *drops)
+{
     struct index_segment *segment = index_segment_find(index, &announced->id);
     struct index_location *location;
+    enum rk_status status;
 
-    announced->unwanted = shard->generation <= index_unwanted_generation(index, &announced->id) ||
-                          (segment != NULL && segment->generation > shard->generation) ||
-                          (segment != NULL && segment->generation == shard->generation &&
-                           !same_shape(segment, announced));
+    announced->unwanted =
+        announced->generation <= index_unwanted_generation(index, &announced->id) ||
+        (segment != NULL && segment->generation > announced->generation) ||
+        (segment != NULL && segment->generation == announced->generation &&
+         !same_shape(segment, announced));
     if (announced->unwanted) {
         return RK_OK;
     }
-    if (segment == NULL || segment->generation < shard->generation) {
-        enum rk_status status = adopt(index, announced, now_ns, drops);
-
+    if (segment == NULL || segment->generation < announced->generation) {
+        status = adopt(index, announced, now_ns, drops);
         if (status != RK_OK) {
             return status;
         }
         segment = index_segment_find(index, &announced->id);
-        announced->adopted = true;
     }
-    if (!rk_origin_known(&segment->origin) &&
-        rk_origin_known(&announced->origin)) { /* A record of an older version. */
-        segment->origin = announced->origin;
-        if (index_kin_link(index, segment) != RK_OK) {
-            return RK_ERR_NO_MEMORY;
-        }
-        index_journal_add(index, 's', &segment->id);
+    status = complete(index, segment, announced);
+    if (status != RK_OK) {
+        return status;
     }
-    location = &segment->locations[shard->shard_index];
+    location = &segment->locations[announced->shard_index];
     if (location->node != NULL && location->node != node) {
         /* Two nodes with one shard: whoever serves it stays. */
         announced->unwanted = index_node_usable(index, location->node, now_ns);
     } else if (location->changed > since && location->state == LOCATION_EVICTED) {
         announced->unwanted = true; /* Evicted while it announced. */
     }
-    if (!announced->unwanted && location->node != node) {
+    if (announced->unwanted) {
+        return RK_OK;
+    }
+    if (location->node != node) {
         location->heads = announced->heads;
         location_set(index, location, node);
         index_segment_settle(index, segment);
         index_journal_add(index, 's', &segment->id);
     }
+    location->changed = ++index->changes; /* What the node confirms gets a newer mark. */
     return RK_OK;
 }
 
-enum rk_status index_announce(struct index *index, struct index_node *node,
-                              struct index_announced *announced, size_t count, uint64_t since,
-                              int64_t now_ns, struct index_drops *drops)
+void index_announce_end(struct index *index, struct index_node *node, uint64_t since)
 {
     struct index_location *location;
     struct index_location *next;
 
-    /* What the node confirms gets a newer mark; what stays older it no longer has. */
-    for (size_t i = 0; i < count; i++) {
-        enum rk_status status = announce_one(index, node, &announced[i], since, now_ns, drops);
-        struct index_segment *segment;
-
-        if (status != RK_OK) {
-            return status;
-        }
-        segment = announced[i].unwanted ? NULL : index_segment_find(index, &announced[i].id);
-        if (segment != NULL) {
-            segment->locations[announced[i].entry->shard->shard_index].changed = ++index->changes;
-        }
-    }
     DL_FOREACH_SAFE(node->locations, location, next)
     {
         if (location->changed <= since) {
@@ -459,5 +458,4 @@ enum rk_status index_announce(struct index *index, struct index_node *node,
             index_journal_add(index, 's', &segment->id);
         }
     }
-    return RK_OK;
 }

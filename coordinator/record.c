@@ -180,7 +180,7 @@ enum rk_status record_check_announced(const Redknot__V1__AnnounceRequest__Entry 
                                       struct index_announced *ret_announced, struct rk_error *error)
 {
     const Redknot__V1__Shard *shard = entry->shard;
-    struct index_announced announced = {.entry = entry};
+    struct index_announced announced = {0};
 
     if (shard == NULL || !record_id(&shard->segment_id, &announced.id) ||
         !record_id(&shard->fingerprint, &announced.fingerprint)) {
@@ -204,6 +204,11 @@ enum rk_status record_check_announced(const Redknot__V1__AnnounceRequest__Entry 
         return rk_error_set(error, RK_ERR_INVALID,
                             "an announced shard's tokens or label are out of bounds");
     }
+    announced.generation = shard->generation;
+    announced.shard_index = shard->shard_index;
+    announced.num_shards = shard->num_shards;
+    announced.num_tokens = shard->num_tokens;
+    announced.has_tokens = entry->n_token_ids != 0;
     if (!rk_origin_message_read(entry->origin, &announced.origin)) {
         return rk_error_set(error, RK_ERR_INVALID, "an announced shard's origin is malformed");
     }

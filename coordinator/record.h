@@ -50,6 +50,7 @@ RK_MUST_CHECK enum rk_status record_check_node(const Redknot__V1__NodeInfo *info
  * wrote to the database is kept. */
 RK_MUST_CHECK enum rk_status record_check_node_text(const Redknot__V1__NodeInfo *info,
                                                     struct rk_error *error);
+/* All but the label, which is only checked. */
 RK_MUST_CHECK enum rk_status record_check_announced(
     const Redknot__V1__AnnounceRequest__Entry *entry, struct index_announced *ret_announced,
     struct rk_error *error);

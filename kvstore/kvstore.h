@@ -32,8 +32,9 @@
 #include <stdint.h>
 
 #define KVSTORE_GRANULE_BYTES          4096
-#define KVSTORE_LABEL_MAX              255 /* bytes; a longer label is cut */
-#define KVSTORE_SHARDS_PER_SEGMENT_MAX 4096
+#define KVSTORE_LABEL_MAX              255                 /* bytes; a longer label is cut */
+#define KVSTORE_SHARDS_PER_SEGMENT_MAX 256                 /* as the coordinator has */
+#define KVSTORE_GENERATION_MAX         (UINT64_C(1) << 62) /* exclusive; far over any counter */
 
 struct kvstore;
 struct kvstore_put;   /* a shard being written; belongs to one thread at a time */

@@ -40,8 +40,8 @@ static enum rk_status header_check(const struct kvstore_header *header, struct r
     } else if (header->shard_index >= header->num_shards ||
                header->num_shards > KVSTORE_SHARDS_PER_SEGMENT_MAX) {
         wrong = "the shard index is out of range";
-    } else if (header->generation == 0) {
-        wrong = "generation 0 is not handed out";
+    } else if (header->generation == 0 || header->generation >= KVSTORE_GENERATION_MAX) {
+        wrong = "the generation is none that a coordinator hands out";
     }
     return wrong ? rk_error_set(error, RK_ERR_INVALID, "%s", wrong) : RK_OK;
 }

@@ -1,10 +1,13 @@
 /*
  * Keeps the coordinator informed: who we are, that we live, what we hold.
  *
- * One thread. It is unregistered (tries with back-off) or registered (beats as
- * it was told). A coordinator that restarted has another epoch or does not know
- * us; then, and when our list of removals overflowed, everything is announced
- * again. Removals stay in `pending` until a heartbeat with them was answered.
+ * One thread is unregistered (tries with back-off), announcing, or registered;
+ * in the latter two it beats as it was told. A second one lives as long as an
+ * announcement, which may take minutes: the store lives meanwhile. A coordinator
+ * that restarted has another epoch or does not know us; then, and when our list
+ * of removals overflowed, everything is announced again. Removals stay in
+ * `pending` until a heartbeat with them was answered, and are not told during
+ * an announcement: it may have listed them before, and would bring them back.
  */
 #include "kvstore/service_internal.h"
 
@@ -22,14 +25,19 @@
 #include <time.h>
 
 #define CALL_TIMEOUT_MS     2000
-#define ANNOUNCE_TIMEOUT_MS 60000
+#define ANNOUNCE_TIMEOUT_MS 3600000 /* of all of it, for a slow network; a dead one is noticed */
+#define ANNOUNCE_DEAD_MS    10000   /* no heartbeat was answered for so long */
 #define RETRY_MIN_MS        50
 #define RETRY_MAX_MS        500
 #define HEARTBEAT_MIN_MS    20
 #define HEARTBEAT_MAX_MS    60000
-#define PENDING_MAX         1024
+#define PENDING_MAX         (1u << 20)
+#define REMOVED_MAX         4096u /* of one heartbeat */
+#define REMOVED_TAKE        1024u
 #define ENTRIES_MAX         256          /* of one announcement message */
 #define TOKENS_MAX          (256u << 10) /* of one announcement message, or one entry */
+
+enum registrar_state { UNREGISTERED, ANNOUNCING, REGISTERED };
 
 struct registrar {
     struct registrar_options options;
@@ -40,13 +48,25 @@ struct registrar {
     bool stopping;
     bool running;
     pthread_t thread;
-    /* The thread's own. */
+    /* The announcement's, under the mutex. */
+    bool announce_ended;
+    struct rk_rpc_stream *stream; /* to cancel it */
+    enum rk_status announced;
+    struct rk_error announce_error;
+    /* The thread's own; fixed while an announcement runs: epoch and mark. */
+    enum registrar_state state;
+    pthread_t announcer;
     uint64_t epoch;
+    uint64_t mark; /* of the coordinator, from before our shards are listed */
     int heartbeat_ms;
     int reachable; /* as last logged: -1 nothing yet, 0, 1 */
+    int failures;  /* in a row */
+    int64_t heard_ns;
     unsigned random_state;
-    struct kvstore_name pending[PENDING_MAX];
+    bool lost; /* the list of removals has a gap */
+    struct kvstore_name *pending;
     size_t num_pending;
+    size_t pending_capacity;
 };
 
 /* ---- Register ---- */
@@ -81,6 +101,7 @@ static enum rk_status register_node(struct registrar *registrar, struct rk_error
     const Redknot__V1__RegisterReply *reply = (const Redknot__V1__RegisterReply *)message;
     uint32_t beat_ms = reply->heartbeat_ms;
     registrar->epoch = reply->epoch;
+    registrar->mark = reply->mark;
     registrar->heartbeat_ms = beat_ms < HEARTBEAT_MIN_MS   ? HEARTBEAT_MIN_MS
                               : beat_ms > HEARTBEAT_MAX_MS ? HEARTBEAT_MAX_MS
                                                            : (int)beat_ms;
@@ -136,6 +157,8 @@ static enum rk_status batch_send(struct registrar *registrar, struct rk_rpc_stre
     Redknot__V1__AnnounceRequest request = REDKNOT__V1__ANNOUNCE_REQUEST__INIT;
     request.node_id = (char *)registrar->options.node_id;
     request.incarnation = registrar->options.incarnation;
+    request.epoch = registrar->mark == 0 ? 0 : registrar->epoch; /* 0: an older coordinator */
+    request.mark = registrar->mark;
     request.n_entries = batch->count;
     request.entries = batch->pointers;
     enum rk_status status = rk_rpc_stream_send(stream, &request.base);
@@ -191,6 +214,17 @@ static void drop_unwanted(struct registrar *registrar, const Redknot__V1__Announ
     RK_LOG_INFO("announced", "accepted=%u dropped=%zu", reply->accepted, dropped);
 }
 
+/* From here on it can be cancelled, until it is NULL. */
+static void stream_show(struct registrar *registrar, struct rk_rpc_stream *stream)
+{
+    pthread_mutex_lock(&registrar->mutex);
+    registrar->stream = stream;
+    if (stream && registrar->stopping) {
+        rk_rpc_stream_cancel(stream);
+    }
+    pthread_mutex_unlock(&registrar->mutex);
+}
+
 static enum rk_status announce(struct registrar *registrar, struct rk_error *error)
 {
     struct rk_rpc_stream *stream = NULL;
@@ -203,6 +237,7 @@ static enum rk_status announce(struct registrar *registrar, struct rk_error *err
         rk_rpc_stream_open(registrar->channel, "/redknot.v1.Coordinator/Announce",
                            ANNOUNCE_TIMEOUT_MS, &stream, error);
     if (status == RK_OK) {
+        stream_show(registrar, stream);
         status = announce_shards(registrar, stream, batch);
     }
     if (status == RK_OK) {
@@ -214,6 +249,7 @@ static enum rk_status announce(struct registrar *registrar, struct rk_error *err
     if (stream) {
         enum rk_status finished = rk_rpc_stream_finish(stream, error);
         status = finished != RK_OK ? finished : status;
+        stream_show(registrar, NULL);
     }
     if (status == RK_OK) {
         drop_unwanted(registrar, (const Redknot__V1__AnnounceReply *)message);
@@ -225,12 +261,82 @@ static enum rk_status announce(struct registrar *registrar, struct rk_error *err
     return status;
 }
 
+static void *announcer_thread(void *context)
+{
+    struct registrar *registrar = context;
+    struct rk_error error = {0};
+    enum rk_status status = announce(registrar, &error);
+    pthread_mutex_lock(&registrar->mutex);
+    registrar->announced = status;
+    registrar->announce_error = error;
+    registrar->announce_ended = true;
+    pthread_cond_signal(&registrar->wake);
+    pthread_mutex_unlock(&registrar->mutex);
+    return NULL;
+}
+
+static void announcement_cancel(struct registrar *registrar)
+{
+    pthread_mutex_lock(&registrar->mutex);
+    if (registrar->stream) {
+        rk_rpc_stream_cancel(registrar->stream);
+    }
+    pthread_mutex_unlock(&registrar->mutex);
+}
+
+/* False: it still runs. */
+static bool announcement_ended(struct registrar *registrar, enum rk_status *ret_status,
+                               struct rk_error *ret_error)
+{
+    pthread_mutex_lock(&registrar->mutex);
+    bool ended = registrar->announce_ended;
+    registrar->announce_ended = false;
+    *ret_status = registrar->announced;
+    *ret_error = registrar->announce_error;
+    pthread_mutex_unlock(&registrar->mutex);
+    if (ended) {
+        pthread_join(registrar->announcer, NULL);
+    }
+    return ended;
+}
+
 /* ---- Heartbeat ---- */
 
-static enum rk_status heartbeat_call(struct registrar *registrar, bool *ret_register_again,
-                                     struct rk_error *error)
+/* What the store removed since, behind what is not told yet. Over the bound the list has a gap. */
+static void removed_take(struct registrar *registrar)
 {
-    size_t count = registrar->num_pending;
+    size_t taken = REMOVED_TAKE;
+    while (taken == REMOVED_TAKE) {
+        bool lost = false;
+        if (registrar->num_pending + REMOVED_TAKE > registrar->pending_capacity) {
+            size_t capacity = registrar->pending_capacity * 2 + REMOVED_TAKE;
+            struct kvstore_name *more = NULL;
+            if (capacity <= PENDING_MAX) {
+                more = rk_alloc_resize(registrar->pending, capacity, sizeof(*more));
+            }
+            if (!more) {
+                registrar->num_pending = 0; /* The announcement that follows tells them. */
+                registrar->lost = true;
+                if (!registrar->pending) {
+                    return;
+                }
+            } else {
+                registrar->pending = more;
+                registrar->pending_capacity = capacity;
+            }
+        }
+        taken =
+            kvstore_removed_take(registrar->options.store,
+                                 registrar->pending + registrar->num_pending, REMOVED_TAKE, &lost);
+        registrar->num_pending += taken;
+        registrar->lost = registrar->lost || lost;
+    }
+}
+
+/* count: of what is pending, told with it. */
+static enum rk_status heartbeat_call(struct registrar *registrar, size_t count,
+                                     bool *ret_register_again, struct rk_error *error)
+{
     struct kvstore_stats stats;
     struct ProtobufCMessage *message = NULL;
     Redknot__V1__HeartbeatRequest request = REDKNOT__V1__HEARTBEAT_REQUEST__INIT;
@@ -260,7 +366,12 @@ static enum rk_status heartbeat_call(struct registrar *registrar, bool *ret_regi
     if (status == RK_OK) {
         const Redknot__V1__HeartbeatReply *reply = (const Redknot__V1__HeartbeatReply *)message;
         *ret_register_again = reply->register_again || reply->epoch != registrar->epoch;
-        registrar->num_pending = 0;
+        registrar->heard_ns = rk_clock_ns();
+        if (count > 0) {
+            registrar->num_pending -= count;
+            memmove(registrar->pending, registrar->pending + count,
+                    registrar->num_pending * sizeof(*registrar->pending));
+        }
     }
     rk_rpc_message_free(message);
     rk_free(removed);
@@ -268,28 +379,9 @@ static enum rk_status heartbeat_call(struct registrar *registrar, bool *ret_regi
     return status;
 }
 
-/* *ret_again: register and announce. */
-static enum rk_status heartbeat(struct registrar *registrar, bool *ret_again,
-                                struct rk_error *error)
-{
-    bool lost = false;
-    bool register_again = false;
-    registrar->num_pending +=
-        kvstore_removed_take(registrar->options.store, registrar->pending + registrar->num_pending,
-                             PENDING_MAX - registrar->num_pending, &lost);
-    if (lost) {
-        /* The list has a gap: only the whole inventory is the truth. */
-        *ret_again = true;
-        return RK_OK;
-    }
-    enum rk_status status = heartbeat_call(registrar, &register_again, error);
-    *ret_again = status == RK_OK && register_again;
-    return status;
-}
-
 /* ---- The thread ---- */
 
-/* False: stop. */
+/* Ends early when an announcement does. False: stop. */
 static bool wait_ms(struct registrar *registrar, int ms)
 {
     struct timespec until;
@@ -300,7 +392,7 @@ static bool wait_ms(struct registrar *registrar, int ms)
     until.tv_nsec %= 1000000000L;
     int rc = 0;
     pthread_mutex_lock(&registrar->mutex);
-    while (!registrar->stopping && rc == 0) {
+    while (!registrar->stopping && !registrar->announce_ended && rc == 0) {
         rc = pthread_cond_timedwait(&registrar->wake, &registrar->mutex, &until);
     }
     bool stopping = registrar->stopping;
@@ -333,32 +425,103 @@ static void log_change(struct registrar *registrar, enum rk_status status,
     registrar->reachable = status == RK_OK;
 }
 
+/* What failed is tried again, from the beginning; returns the delay. */
+static int begin_again(struct registrar *registrar, enum rk_status status,
+                       const struct rk_error *error)
+{
+    registrar->state = UNREGISTERED;
+    if (status == RK_OK) {
+        return 0; /* We were asked to. */
+    }
+    log_change(registrar, status, error);
+    return backoff_ms(registrar, registrar->failures++);
+}
+
+static int step_unregistered(struct registrar *registrar)
+{
+    struct rk_error error = {0};
+    enum rk_status status = register_node(registrar, &error);
+    if (status == RK_OK &&
+        pthread_create(&registrar->announcer, NULL, announcer_thread, registrar) != 0) {
+        status = rk_error_set(&error, RK_ERR_NO_MEMORY, "cannot start a thread to announce");
+    }
+    if (status != RK_OK) {
+        return begin_again(registrar, status, &error);
+    }
+    registrar->state = ANNOUNCING;
+    registrar->lost = false; /* The list is taken from now on. */
+    registrar->heard_ns = rk_clock_ns();
+    return registrar->heartbeat_ms;
+}
+
+/* The coordinator may ask to register again meanwhile: this announcement is the answer, or breaks
+ * off because it restarted. */
+static int step_announcing(struct registrar *registrar)
+{
+    struct rk_error error = {0};
+    enum rk_status status = RK_OK;
+    bool again = false;
+    if (announcement_ended(registrar, &status, &error)) {
+        if (status != RK_OK) {
+            return begin_again(registrar, status, &error);
+        }
+        log_change(registrar, status, &error);
+        registrar->failures = 0;
+        registrar->state = REGISTERED;
+        return 0;
+    }
+    removed_take(registrar);
+    status = heartbeat_call(registrar, 0, &again, &error);
+    if (status != RK_OK) {
+        log_change(registrar, status, &error);
+        if (rk_clock_ns() - registrar->heard_ns > ANNOUNCE_DEAD_MS * INT64_C(1000000)) {
+            announcement_cancel(registrar);
+        }
+    }
+    return registrar->heartbeat_ms;
+}
+
+static int step_registered(struct registrar *registrar)
+{
+    struct rk_error error = {0};
+    bool again = false;
+    removed_take(registrar);
+    if (registrar->lost) {
+        return begin_again(registrar, RK_OK, NULL); /* Only the whole inventory is the truth. */
+    }
+    size_t count = registrar->num_pending < REMOVED_MAX ? registrar->num_pending : REMOVED_MAX;
+    enum rk_status status = heartbeat_call(registrar, count, &again, &error);
+    log_change(registrar, status, &error);
+    if (status != RK_OK) {
+        return backoff_ms(registrar, registrar->failures++);
+    }
+    registrar->failures = 0;
+    if (again) {
+        return begin_again(registrar, RK_OK, NULL);
+    }
+    return registrar->num_pending > 0 ? 0 : registrar->heartbeat_ms;
+}
+
 static void *registrar_thread(void *context)
 {
     struct registrar *registrar = context;
-    bool registered = false;
-    int failures = 0;
     int delay_ms = 0;
     while (wait_ms(registrar, delay_ms)) {
-        struct rk_error error = {0};
-        bool again = false;
-        enum rk_status status = RK_OK;
-        if (registered) {
-            status = heartbeat(registrar, &again, &error);
-        } else {
-            status = register_node(registrar, &error);
-            if (status == RK_OK) {
-                status = announce(registrar, &error);
-            }
+        switch (registrar->state) {
+        case UNREGISTERED:
+            delay_ms = step_unregistered(registrar);
+            break;
+        case ANNOUNCING:
+            delay_ms = step_announcing(registrar);
+            break;
+        case REGISTERED:
+            delay_ms = step_registered(registrar);
+            break;
         }
-        log_change(registrar, status, &error);
-        registered = registered ? !again : status == RK_OK;
-        failures = status == RK_OK ? 0 : failures + 1;
-        if (status != RK_OK) {
-            delay_ms = backoff_ms(registrar, failures - 1);
-        } else {
-            delay_ms = registered ? registrar->heartbeat_ms : 0;
-        }
+    }
+    if (registrar->state == ANNOUNCING) {
+        announcement_cancel(registrar);
+        pthread_join(registrar->announcer, NULL);
     }
     return NULL;
 }
@@ -414,5 +577,6 @@ void registrar_stop(struct registrar *registrar)
         pthread_mutex_destroy(&registrar->mutex);
     }
     rk_rpc_channel_destroy(registrar->channel);
+    rk_free(registrar->pending);
     rk_free(registrar);
 }

@@ -107,6 +107,10 @@ enum rk_status try_register(struct fixture *f, int i, uint64_t incarnation)
     request.node = &info;
     status =
         call(f, M("RegisterNode"), &request.base, &redknot__v1__register_reply__descriptor, &reply);
+    if (status == RK_OK) {
+        f->epoch = ((Redknot__V1__RegisterReply *)reply)->epoch;
+        f->mark = ((Redknot__V1__RegisterReply *)reply)->mark;
+    }
     rk_rpc_message_free(reply);
     return status;
 }
@@ -312,6 +316,8 @@ enum rk_status announce(struct fixture *f, int i, uint64_t incarnation, struct t
 
         request.node_id = (char *)(uintptr_t)store_name(i);
         request.incarnation = incarnation;
+        request.epoch = f->with_mark ? f->epoch : 0;
+        request.mark = f->with_mark ? f->mark : 0;
         request.n_entries = count != 0;
         request.entries = &entry;
         if (rk_rpc_stream_send(stream, &request.base) != RK_OK) {

@@ -27,6 +27,9 @@ struct fixture {
     /* Of what is placed next. */
     struct rk_origin origin;
     const char *label; /* NULL: "a label" */
+    uint64_t epoch;    /* of the last registration's reply */
+    uint64_t mark;
+    bool with_mark; /* announce says both */
 };
 
 /* A shard as a store would tell of it; free with free(). */

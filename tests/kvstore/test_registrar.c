@@ -33,6 +33,10 @@ static struct {
     size_t removed;
     bool register_again;      /* answered once */
     struct kvstore_name drop; /* generation 0: nothing; answered once */
+    int hold_beats;           /* an announcement is held up until so many heartbeats came */
+    bool held;                /* one is */
+    size_t removed_while_held;
+    size_t origins;
 } told = {.mutex = PTHREAD_MUTEX_INITIALIZER, .epoch = 1};
 
 static enum rk_status handle_register(struct rk_rpc_call *call, void *context,
@@ -54,9 +58,27 @@ static enum rk_status handle_register(struct rk_rpc_call *call, void *context,
     pthread_mutex_lock(&told.mutex);
     told.registers++;
     reply.epoch = told.epoch;
+    reply.mark = 1000 + (uint64_t)told.registers;
     pthread_mutex_unlock(&told.mutex);
     reply.heartbeat_ms = 20;
     return rk_rpc_call_send(call, &reply.base);
+}
+
+/* As a slow network, or a slow coordinator, would: until enough heartbeats have come beside it. */
+static void hold_up(void)
+{
+    int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
+    pthread_mutex_lock(&told.mutex);
+    int until = told.heartbeats + told.hold_beats;
+    told.held = told.hold_beats > 0;
+    while (told.held && told.heartbeats < until && rk_deadline_left_ms(deadline_ns) > 0) {
+        pthread_mutex_unlock(&told.mutex);
+        rk_clock_sleep_ms(2);
+        pthread_mutex_lock(&told.mutex);
+    }
+    told.held = false;
+    told.hold_beats = 0;
+    pthread_mutex_unlock(&told.mutex);
 }
 
 static enum rk_status handle_announce(struct rk_rpc_call *call, void *context,
@@ -65,6 +87,7 @@ static enum rk_status handle_announce(struct rk_rpc_call *call, void *context,
     struct ProtobufCMessage *message = NULL;
     size_t entries = 0;
     size_t tokens = 0;
+    size_t origins = 0;
     enum rk_status status = RK_OK;
     (void)context;
     (void)error;
@@ -72,13 +95,18 @@ static enum rk_status handle_announce(struct rk_rpc_call *call, void *context,
                                       &message)) == RK_OK) {
         const Redknot__V1__AnnounceRequest *part = (const Redknot__V1__AnnounceRequest *)message;
         RK_ASSERT(strcmp(part->node_id, "store-a") == 0 && part->n_entries <= 256);
+        pthread_mutex_lock(&told.mutex); /* The mark of the registration before it. */
+        RK_ASSERT(part->epoch == told.epoch && part->mark == 1000 + (uint64_t)told.registers);
+        pthread_mutex_unlock(&told.mutex);
         entries += part->n_entries;
         for (size_t i = 0; i < part->n_entries; i++) {
             const Redknot__V1__Shard *shard = part->entries[i]->shard;
             RK_ASSERT(shard && shard->heads && shard->layout && shard->layout->head_dim == 16);
             tokens += part->entries[i]->n_token_ids;
+            origins += part->entries[i]->origin != NULL;
         }
         rk_rpc_message_free(message);
+        hold_up();
     }
     if (status != RK_ERR_NOT_FOUND) {
         return status;
@@ -91,6 +119,7 @@ static enum rk_status handle_announce(struct rk_rpc_call *call, void *context,
     told.announces++;
     told.entries = entries;
     told.tokens = tokens;
+    told.origins = origins;
     name = told.drop;
     told.drop.generation = 0;
     pthread_mutex_unlock(&told.mutex);
@@ -119,6 +148,8 @@ static enum rk_status handle_heartbeat(struct rk_rpc_call *call, void *context,
     pthread_mutex_lock(&told.mutex);
     told.heartbeats++;
     told.removed += ((Redknot__V1__HeartbeatRequest *)message)->n_removed;
+    told.removed_while_held +=
+        told.held ? ((Redknot__V1__HeartbeatRequest *)message)->n_removed : 0;
     reply.epoch = told.epoch;
     reply.register_again = told.register_again;
     told.register_again = false;
@@ -172,6 +203,9 @@ static void put_many(struct kvstore *store, uint32_t count)
         struct kvstore_header header = shard_header(i, 1, 64);
         header.token_ids = tokens;
         header.num_token_ids = 64;
+        if (i % 2 == 0) { /* As of a newer and of an older client. */
+            header.origin.alone = header.segment_id;
+        }
         assert_int_equal(shard_put(store, &header), RK_OK);
     }
 }
@@ -199,6 +233,7 @@ static void the_coordinator_is_kept_informed(void **state)
     wait_above(&told.heartbeats, 0);
     assert_int_equal(told.entries, 300);
     assert_int_equal(told.tokens, 300 * 64);
+    assert_int_equal(told.origins, 150);
 
     /* A removal is told, once. */
     struct kvstore_header header = shard_header(5, 1, 64);
@@ -243,6 +278,86 @@ static void the_coordinator_is_kept_informed(void **state)
     kvstore_destroy(store);
 }
 
+/* Heartbeats go on beside it, and what is removed meanwhile is told after it: it may have been
+ * listed before. */
+static void a_long_announcement_is_no_silence(void **state)
+{
+    (void)state;
+    const struct kvstore_options store_options = {.dram_bytes = 4096 * 4096};
+    struct kvstore *store = NULL;
+    struct registrar *registrar = NULL;
+    char address[64];
+    assert_int_equal(kvstore_create(&store_options, &store, NULL), RK_OK);
+    put_many(store, 10);
+    struct rk_rpc_server *coordinator = coordinator_start("127.0.0.1:0");
+    snprintf(address, sizeof(address), "127.0.0.1:%d", rk_rpc_server_port(coordinator));
+    const struct registrar_options options = {.store = store,
+                                              .coordinator = address,
+                                              .node_id = "store-a",
+                                              .incarnation = 77,
+                                              .grpc_address = "127.0.0.1:9",
+                                              .shm_socket = "",
+                                              .metrics_address = ""};
+    pthread_mutex_lock(&told.mutex);
+    told.hold_beats = 10;
+    told.removed = 0;
+    told.removed_while_held = 0;
+    int announces = told.announces;
+    int registers = told.registers;
+    int heartbeats = told.heartbeats;
+    pthread_mutex_unlock(&told.mutex);
+    assert_int_equal(registrar_start(&options, &registrar, NULL), RK_OK);
+    wait_above(&told.heartbeats, heartbeats + 2); /* It is under way. */
+    struct kvstore_header header = shard_header(5, 1, 64);
+    struct kvstore_name name = shard_name(&header);
+    assert_int_equal(kvstore_drop(store, &name), RK_OK);
+    wait_above(&told.announces, announces);
+    wait_above(&told.heartbeats, told_now(&told.heartbeats) + 3);
+    pthread_mutex_lock(&told.mutex);
+    assert_int_equal(told.announces, announces + 1);
+    assert_int_equal(told.registers, registers + 1);
+    assert_int_equal(told.removed_while_held, 0);
+    assert_int_equal(told.removed, 1);
+    pthread_mutex_unlock(&told.mutex);
+    registrar_stop(registrar);
+    rk_rpc_server_destroy(coordinator);
+    kvstore_destroy(store);
+}
+
+/* A stop does not wait for an announcement that nobody takes. */
+static void an_announcement_ends_with_the_registrar(void **state)
+{
+    (void)state;
+    const struct kvstore_options store_options = {.dram_bytes = 16 * 4096};
+    struct kvstore *store = NULL;
+    struct registrar *registrar = NULL;
+    char address[64];
+    assert_int_equal(kvstore_create(&store_options, &store, NULL), RK_OK);
+    struct rk_rpc_server *coordinator = coordinator_start("127.0.0.1:0");
+    snprintf(address, sizeof(address), "127.0.0.1:%d", rk_rpc_server_port(coordinator));
+    const struct registrar_options options = {.store = store,
+                                              .coordinator = address,
+                                              .node_id = "store-a",
+                                              .incarnation = 77,
+                                              .grpc_address = "127.0.0.1:9",
+                                              .shm_socket = "",
+                                              .metrics_address = ""};
+    pthread_mutex_lock(&told.mutex);
+    told.hold_beats = 1000000;
+    int heartbeats = told.heartbeats;
+    pthread_mutex_unlock(&told.mutex);
+    assert_int_equal(registrar_start(&options, &registrar, NULL), RK_OK);
+    wait_above(&told.heartbeats, heartbeats + 2);
+    int64_t begin_ns = rk_clock_ns();
+    registrar_stop(registrar);
+    assert_true(rk_clock_ns() - begin_ns < 5 * INT64_C(1000000000));
+    pthread_mutex_lock(&told.mutex);
+    told.held = false;
+    pthread_mutex_unlock(&told.mutex);
+    rk_rpc_server_destroy(coordinator);
+    kvstore_destroy(store);
+}
+
 static void a_silent_coordinator_does_not_hold_up_the_end(void **state)
 {
     (void)state;
@@ -268,6 +383,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_coordinator_is_kept_informed),
+        cmocka_unit_test(a_long_announcement_is_no_silence),
+        cmocka_unit_test(an_announcement_ends_with_the_registrar),
         cmocka_unit_test(a_silent_coordinator_does_not_hold_up_the_end),
     };
     rk_log_init("test", RK_LOG_LEVEL_ERROR);
