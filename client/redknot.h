@@ -154,6 +154,8 @@ struct rk_score_request {
     const char *level;
     const void *salt;
     size_t salt_bytes;
+    bool chat;          /* the chat template around segments and prompt, as generate has it */
+    const char *system; /* of the template; NULL: the model's own */
 };
 /* Row i: natural-log probabilities [vocab] of the token at position i of the continuation.
  * Borrowed during the call. Return false to cancel. */
@@ -228,6 +230,30 @@ RK_MUST_CHECK RK_CLIENT_API enum rk_status rk_client_pick_worker(struct rk_clien
                                                                  char **ret_address,
                                                                  struct rk_error *error);
 RK_CLIENT_API void rk_client_string_free(char *text);
+
+/* What a worker is. Strings belong to it. Given back with rk_worker_status_clear. */
+struct rk_worker_status {
+    const char *node_id;
+    const char *model;
+    const char *mode;    /* "bf16", "f32" */
+    const char *kernels; /* the attention path chosen at run time */
+    const char *version;
+    uint32_t context_tokens; /* that a request and its answer may have */
+    uint32_t vocab_size;
+    void *owner; /* of the library */
+};
+/* Of the worker that answers: give the client one to ask that one. */
+RK_MUST_CHECK RK_CLIENT_API enum rk_status rk_client_worker_status(
+    struct rk_client *client, struct rk_worker_status *ret_status, struct rk_error *error);
+RK_CLIENT_API void rk_worker_status_clear(struct rk_worker_status *status);
+
+/* The token ids of a text, by a worker's model; to be freed with rk_client_tokens_free. Special
+ * tokens in the text are plain text unless parse_special. */
+RK_MUST_CHECK RK_CLIENT_API enum rk_status rk_client_tokenize(struct rk_client *client,
+                                                              const char *text, bool parse_special,
+                                                              int32_t **ret_ids, size_t *ret_count,
+                                                              struct rk_error *error);
+RK_CLIENT_API void rk_client_tokens_free(int32_t *ids);
 
 /*
  * Forgets segments, and with each the chains that it is part of: those that end with it, and

@@ -377,6 +377,8 @@ enum rk_status rk_client_score(struct rk_client *client, const struct rk_score_r
     message.continuation = &continuation.input;
     message.level = (char *)(request->level ? request->level : "");
     message.salt = (ProtobufCBinaryData){request->salt_bytes, (uint8_t *)request->salt};
+    message.chat = request->chat;
+    message.system = (char *)(request->system ? request->system : "");
 
     struct score_context score = {.on_row = on_row, .context = context};
     struct rk_client_call call = {.path = "/redknot.v1.Worker/Score",

@@ -1,8 +1,9 @@
 /*
  * redknot_internal: what the sources of libredknot share. Private to client/ and its tests.
  *
- * redknot.c        the client: connections, the cluster, the choice of a worker
- * redknot_calls.c  put, generate, score and their messages
+ * redknot.c         the client: connections, the cluster, the choice of a worker
+ * redknot_calls.c   put, generate, score and their messages
+ * redknot_worker.c  a worker's status, the tokens of a text
  */
 #ifndef CLIENT_REDKNOT_INTERNAL_H
 #define CLIENT_REDKNOT_INTERNAL_H

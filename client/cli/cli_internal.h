@@ -67,9 +67,30 @@ const char *cli_parse_level(struct argp_state *state, const char *text);
 int cli_fail(const char *format, ...) RK_PRINTF(1, 2);
 /* The same for an error of the library, with what to do about it. */
 int cli_fail_error(const char *what, const struct rk_error *error);
-/* Prints and frees. */
+/* A command's last word, in main: with --json, and unless it printed an object, the first error is
+ * told as {"error": {"status", "text"}} on standard output, beside the line on stderr. */
+int cli_finish(int code);
+void cli_json_errors(void); /* --json was given */
+
+/* ---- JSON and text from outside (common/base/text.h) ---- */
+
+/* Prints and frees; what cannot be written makes the command fail. */
 void cli_print_json(json_t *object);
 json_t *cli_json_id(const struct rk_id *id);
+json_t *cli_json_error(const struct rk_error *error); /* {"status", "text"} */
+/* Never NULL, whatever the bytes: what is no UTF-8 becomes U+FFFD. */
+json_t *cli_json_text(const char *text, size_t bytes);
+/* object[key] = the text; where bytes had to be replaced, object[key_hex] has them all. */
+void cli_json_set_text(json_t *object, const char *key, const char *text, size_t bytes);
+void cli_json_set_string(json_t *object, const char *key, const char *text);
+/* For a table: control characters and what is no UTF-8 escaped. ret_text is returned. */
+#define CLI_SHOWN_BYTES 1024
+const char *cli_shown(const char *text, char *ret_text, size_t room);
+/* For running text: the same, but for newlines and tabs. */
+bool cli_write_text(FILE *file, const char *text, size_t bytes);
+
+/* ---- Figures and progress ---- */
+
 /* "12.3 MiB" into ret_text, which is returned. */
 const char *cli_bytes(uint64_t bytes, char ret_text[32]);
 /* "0.123 s", "45 ms" */
@@ -84,9 +105,17 @@ void cli_print_wrapped(FILE *file, const char *text, size_t bytes, int indent, i
 
 void cli_signals_start(void); /* first thing, before any thread */
 bool cli_interrupted(void);
+/* A file to remove should a signal end the process; borrowed. NULL: none any more. */
+void cli_rubbish(const char *path);
+/* From now on the first signal ends the process, for the calls that run cannot be cancelled. */
+void cli_signals_end(void);
 /* Connects nothing yet. While it lives a signal cancels its calls. */
 RK_MUST_CHECK enum rk_status cli_client_open(const struct cli_common *common, const char *worker,
                                              struct rk_client **ret_client, struct rk_error *error);
+/* The same for calls that must all meet one worker: it is chosen now. */
+RK_MUST_CHECK enum rk_status cli_client_open_one(const struct cli_common *common,
+                                                 const char *worker, struct rk_client **ret_client,
+                                                 struct rk_error *error);
 void cli_client_close(struct rk_client *client); /* accepts NULL */
 
 /* ---- Files ---- */
@@ -96,10 +125,35 @@ void cli_client_close(struct rk_client *client); /* accepts NULL */
 RK_MUST_CHECK enum rk_status cli_read_text(const char *path, char **ret_text, size_t *ret_bytes,
                                            struct rk_error *error);
 
+/* A file that is written is there whole, or not at all: it gets its name at commit, and is gone
+ * after an error, an abort or a signal. A device or a pipe is written to as it is. */
+struct cli_file;
+RK_MUST_CHECK enum rk_status cli_file_create(const char *path, struct cli_file **ret_file,
+                                             struct rk_error *error);
+RK_MUST_CHECK enum rk_status cli_file_write(struct cli_file *file, const void *data, size_t bytes,
+                                            struct rk_error *error);
+/* Frees the file, also when it fails. */
+RK_MUST_CHECK enum rk_status cli_file_commit(struct cli_file *file, struct rk_error *error);
+void cli_file_abort(struct cli_file *file); /* accepts NULL */
+
+/* The same of standard input. */
+RK_MUST_CHECK enum rk_status cli_read_stdin(char **ret_text, size_t *ret_bytes,
+                                            struct rk_error *error);
+
 /* ---- Reports ---- */
 
+/* What of the reused KV is bit-equal to computing, and what is not. */
+struct cli_report_parts {
+    uint32_t tokens_exact;   /* of those reused */
+    uint32_t segments_alone; /* that stand behind others, with KV computed without these */
+    bool approximate;        /* the answer may differ from that of level full */
+};
+struct cli_report_parts cli_report_parts(const struct rk_report *report);
 json_t *cli_report_json(const struct rk_report *report);
-/* One line; verbose: a line per segment, too. */
+/* "2 chain, 1 segment": how many segments of which source, in their order. */
+void cli_report_sources(const struct rk_report *report, char *ret_text, size_t room);
+/* A line, and one for each reason why the answer is approximate; verbose: a line per segment, too.
+ */
 void cli_report_print(FILE *file, const struct rk_report *report, bool verbose);
 
 /* ---- Subcommands: argv[0] is "redknot put" ---- */
@@ -110,6 +164,7 @@ int cli_put(int argc, char **argv);
 int cli_generate(int argc, char **argv);
 int cli_status(int argc, char **argv);
 int cli_drop(int argc, char **argv);
+int cli_tokenize(int argc, char **argv);
 int cli_eval(int argc, char **argv);
 int cli_value(int argc, char **argv);
 int cli_demo(int argc, char **argv);

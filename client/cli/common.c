@@ -14,6 +14,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#define STDIN_STEP_BYTES 65536
+
 /* ---- Options ---- */
 
 static const struct argp_option common_options[] = {
@@ -40,6 +42,7 @@ static error_t parse_common(int key, char *arg, struct argp_state *state)
         return 0;
     case CLI_LETTER_JSON:
         common->json = true;
+        cli_json_errors();
         return 0;
     default:
         return ARGP_ERR_UNKNOWN;
@@ -82,88 +85,7 @@ const char *cli_parse_level(struct argp_state *state, const char *text)
     return text;
 }
 
-/* ---- Messages ---- */
-
-int cli_fail(const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    cli_progress_end();
-    (void)fflush(stdout);
-    (void)fputs("redknot: ", stderr);
-    (void)vfprintf(stderr, format, args);
-    (void)fputc('\n', stderr);
-    va_end(args);
-    return CLI_FAIL;
-}
-
-int cli_fail_error(const char *what, const struct rk_error *error)
-{
-    const char *advice = "";
-    if (cli_interrupted()) {
-        return cli_fail("%s: interrupted", what);
-    }
-    switch (rk_status_remedy(error->status)) {
-    case RK_REMEDY_ELSEWHERE:
-        if (error->answered) {
-            break;
-        }
-        /* Whoever cannot reach the coordinator cannot ask it for the nodes. */
-        advice = strncmp(error->text, "coordinator", 11) == 0
-                     ? "; is it running? `redknot up` starts a cluster, --coordinator names another"
-                     : "; is it running? `redknot status` lists the nodes";
-        break;
-    case RK_REMEDY_RETRY:
-        advice = "; try again";
-        break;
-    case RK_REMEDY_GIVE_UP:
-        advice = "; the node's log says more";
-        break;
-    default:
-        break;
-    }
-    return cli_fail("%s: %s%s", what, error->text[0] ? error->text : rk_status_text(error->status),
-                    advice);
-}
-
-void cli_print_json(json_t *object)
-{
-    if (json_dumpf(object, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(17)) != 0) {
-        (void)cli_fail("writing JSON failed");
-    }
-    (void)fputc('\n', stdout);
-    json_decref(object);
-}
-
-json_t *cli_json_id(const struct rk_id *id)
-{
-    char hex[RK_ID_HEX_BYTES];
-    rk_id_to_hex(id, hex);
-    return json_string(hex);
-}
-
-const char *cli_bytes(uint64_t bytes, char ret_text[32])
-{
-    static const char *const units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
-    double value = (double)bytes;
-    size_t unit = 0;
-    while (value >= 1024 && unit + 1 < sizeof(units) / sizeof(units[0])) {
-        value /= 1024;
-        unit++;
-    }
-    (void)snprintf(ret_text, 32, unit ? "%.1f %s" : "%.0f %s", value, units[unit]);
-    return ret_text;
-}
-
-const char *cli_seconds(double seconds, char ret_text[32])
-{
-    if (seconds < 1) {
-        (void)snprintf(ret_text, 32, "%.1f ms", seconds * 1000);
-    } else {
-        (void)snprintf(ret_text, 32, "%.2f s", seconds);
-    }
-    return ret_text;
-}
+/* ---- Progress ---- */
 
 static bool progress_shown;
 
@@ -222,9 +144,20 @@ void cli_print_wrapped(FILE *file, const char *text, size_t bytes, int indent, i
 
 /* ---- Clients and signals ---- */
 
-static pthread_mutex_t current_lock = PTHREAD_MUTEX_INITIALIZER; /* Guards current. */
+static pthread_mutex_t current_lock = PTHREAD_MUTEX_INITIALIZER; /* Guards the two below. */
 static struct rk_client *current;
+static const char *rubbish; /* under the same lock */
 static _Atomic int num_signals;
+static _Atomic bool signals_end;
+
+__attribute__((noreturn)) static void end_by_signal(int code)
+{
+    (void)pthread_mutex_lock(&current_lock);
+    if (rubbish) {
+        (void)unlink(rubbish);
+    }
+    _exit(code);
+}
 
 static void *signals_main(void *context)
 {
@@ -239,7 +172,11 @@ static void *signals_main(void *context)
             continue;
         }
         if (atomic_fetch_add(&num_signals, 1) > 0) {
-            _exit(128 + number); /* Asked twice: what hangs is cut short. */
+            end_by_signal(128 + number); /* Asked twice: what hangs is cut short. */
+        }
+        if (atomic_load(&signals_end)) {
+            (void)fputs("redknot: interrupted\n", stderr);
+            end_by_signal(CLI_FAIL);
         }
         (void)pthread_mutex_lock(&current_lock);
         if (current) {
@@ -255,6 +192,18 @@ void cli_signals_start(void)
     pthread_t thread; /* rk_service_init() blocked the signals for all threads. */
     RK_ASSERT(pthread_create(&thread, NULL, signals_main, NULL) == 0);
     (void)pthread_detach(thread);
+}
+
+void cli_rubbish(const char *path)
+{
+    (void)pthread_mutex_lock(&current_lock);
+    rubbish = path;
+    (void)pthread_mutex_unlock(&current_lock);
+}
+
+void cli_signals_end(void)
+{
+    atomic_store(&signals_end, true);
 }
 
 bool cli_interrupted(void)
@@ -279,6 +228,23 @@ enum rk_status cli_client_open(const struct cli_common *common, const char *work
     (void)pthread_mutex_unlock(&current_lock);
     *ret_client = client;
     return RK_OK;
+}
+
+enum rk_status cli_client_open_one(const struct cli_common *common, const char *worker,
+                                   struct rk_client **ret_client, struct rk_error *error)
+{
+    char *address = NULL;
+    struct rk_client *client = NULL;
+    enum rk_status status = cli_client_open(common, worker, &client, error);
+    if (status == RK_OK) {
+        status = rk_client_pick_worker(client, &address, error);
+    }
+    cli_client_close(client);
+    if (status == RK_OK) {
+        status = cli_client_open(common, address, ret_client, error);
+    }
+    rk_client_string_free(address);
+    return status;
 }
 
 void cli_client_close(struct rk_client *client)
@@ -366,5 +332,45 @@ enum rk_status cli_read_text(const char *path, char **ret_text, size_t *ret_byte
     }
     *ret_text = text;
     *ret_bytes = (size_t)info.st_size;
+    return RK_OK;
+}
+
+enum rk_status cli_read_stdin(char **ret_text, size_t *ret_bytes, struct rk_error *error)
+{
+    static const char name[] = "standard input";
+    size_t bytes = 0;
+    ssize_t got = 1;
+    char *text = NULL;
+    enum rk_status status = RK_OK;
+    while (got != 0 && status == RK_OK) {
+        char *longer = rk_alloc_resize(text, bytes + STDIN_STEP_BYTES + 1, 1);
+        if (!longer) {
+            status = rk_error_set(error, RK_ERR_NO_MEMORY, "%s: out of memory", name);
+            break;
+        }
+        text = longer;
+        got = read(STDIN_FILENO, text + bytes, STDIN_STEP_BYTES);
+        if (got < 0 && errno != EINTR) {
+            status = rk_error_set(error, RK_ERR_INVALID, "%s: %s", name, strerror(errno));
+        }
+        bytes += got > 0 ? (size_t)got : 0;
+        if (bytes > CLI_FILE_BYTES_MAX) {
+            status = rk_error_set(error, RK_ERR_TOO_LONG, "%s: it is larger than %u MiB; split it",
+                                  name, CLI_FILE_BYTES_MAX >> 20);
+        }
+    }
+    if (status == RK_OK && bytes == 0) {
+        status = rk_error_set(error, RK_ERR_INVALID, "%s: it is empty; give it text", name);
+    }
+    if (status == RK_OK) {
+        text[bytes] = 0;
+        status = check_text(name, text, bytes, error);
+    }
+    if (status != RK_OK) {
+        rk_free(text);
+        return status;
+    }
+    *ret_text = text;
+    *ret_bytes = bytes;
     return RK_OK;
 }

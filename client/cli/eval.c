@@ -1,5 +1,7 @@
 #include "client/cli/eval.h"
 #include "client/cli/cli_internal.h"
+#include "client/cli/eval_internal.h"
+#include "client/cli/score.h"
 #include "common/base/alloc.h"
 
 #include <errno.h>
@@ -8,6 +10,7 @@
 #include <sys/random.h>
 
 #define SALT_BYTES 16
+#define EVAL_LABEL "redknot eval" /* of all that is stored: `redknot drop --label` finds it */
 
 struct eval_arguments {
     struct cli_common common;
@@ -65,141 +68,68 @@ static const struct argp eval_argp = {
     .parser = parse_eval,
     .args_doc = "FILE.json",
     .doc = "Measure KL(full || level) and top-1 agreement along given continuations."
-           "\vThe file holds {\"requests\": [{\"prefix\": [ids], \"segments\": [[ids], ...], "
-           "\"question\": [ids], \"continuation\": [ids]}]}; prefix may be missing. Segments are "
-           "cached under a fresh salt, so nothing stored before helps or hurts, and dropped at the "
-           "end. --dump writes safetensors, <i>.full and <i>.level, float32 [positions, vocab].",
+           "\vThe file holds {\"requests\": [{\"prefix\": T, \"segments\": [T, ...], "
+           "\"question\": T, \"continuation\": T}]}; prefix may be missing. Each T is a list of "
+           "token ids, or {\"text\": \"...\"}; with \"special\": true special tokens in the text "
+           "are meant. Segments are cached under a fresh salt, so nothing stored before helps or "
+           "hurts, and dropped at the end; at level exact their chains, too. All is checked before "
+           "anything is computed. --dump writes safetensors, <i>.full and <i>.level, float32 "
+           "[positions, vocab].",
     .children = cli_common_children};
-
-/* Log-probabilities [positions][vocab] of one run. */
-struct rows {
-    float *values;
-    size_t positions;
-    size_t vocab;
-    uint32_t next;
-    bool bad;
-};
-
-struct eval_result {
-    double kl;
-    double top1;
-    struct rk_report full; /* numbers only; strings are cleared with the report */
-    struct rk_report level;
-};
 
 struct eval {
     const struct eval_arguments *arguments;
     struct eval_file file;
     struct rk_client *client;
     struct safetensors *dump;
-    struct rk_id *stored; /* to drop at the end */
-    size_t num_stored;
-    size_t stored_max;
     uint8_t salt[SALT_BYTES];      /* of the level's run */
     uint8_t full_salt[SALT_BYTES]; /* of the full run: what it may publish must not help */
-    size_t vocab;
+    bool stored;                   /* there may be something to drop at the end */
+    uint32_t vocab;
+    uint32_t context_tokens;
     struct eval_result *results;
 };
 
-static bool on_row(void *context, uint32_t row, const float *logprobs, size_t vocab)
+/* ---- Checks, before anything is computed ---- */
+
+static enum rk_status tokenize(void *context, const char *text, bool parse_special,
+                               int32_t **ret_ids, size_t *ret_count, struct rk_error *error)
 {
-    struct rows *rows = context;
-    if (!rows->values) {
-        rows->vocab = vocab;
-        rows->values = rk_alloc_zero(rows->positions * vocab, sizeof(float));
-    }
-    if (!rows->values || vocab != rows->vocab || row != rows->next || row >= rows->positions) {
-        rows->bad = true;
-        return false;
-    }
-    memcpy(rows->values + (size_t)row * vocab, logprobs, vocab * sizeof(float));
-    rows->next++;
-    return true;
+    return rk_client_tokenize(context, text, parse_special, ret_ids, ret_count, error);
 }
 
-static void remember(struct eval *eval, const struct rk_id *id)
+static enum rk_status check_length(const struct eval *eval, size_t index, struct rk_error *error)
 {
-    for (size_t i = 0; i < eval->num_stored; i++) {
-        if (rk_id_equal(&eval->stored[i], id)) {
-            return;
-        }
+    const struct eval_request *request = &eval->file.requests[index];
+    size_t total = request->question.count + request->continuation.count;
+    for (size_t i = 0; i < request->num_segments; i++) {
+        total += request->segments[i].count;
     }
-    if (eval->num_stored < eval->stored_max) {
-        eval->stored[eval->num_stored++] = *id;
-    }
-}
-
-/* Each distinct segment alone; the prefix is the segment at position 0, where alone is in place. */
-static enum rk_status put_all(struct eval *eval, struct rk_error *error)
-{
-    for (size_t i = 0; i < eval->file.num_requests; i++) {
-        const struct eval_request *request = &eval->file.requests[i];
-        for (size_t j = 0; j < request->num_segments; j++) {
-            struct rk_segment_input segment = {.token_ids = request->segments[j].ids,
-                                               .num_tokens = request->segments[j].count,
-                                               .label = "redknot eval"};
-            struct rk_put_result result;
-            enum rk_status status = rk_client_put_segment(eval->client, &segment, eval->salt,
-                                                          SALT_BYTES, NULL, NULL, &result, error);
-            if (status != RK_OK) {
-                rk_error_prefix(error, "request %zu: storing segment %zu", i, j);
-                return status;
-            }
-            remember(eval, &result.segment_id);
-        }
-        cli_progress("storing segments", i + 1, eval->file.num_requests);
+    if (total > eval->context_tokens) {
+        return rk_error_set(error, RK_ERR_TOO_LONG,
+                            "%s: request %zu: it has %zu tokens, and the worker's context holds %u",
+                            eval->file.name, index, total, eval->context_tokens);
     }
     return RK_OK;
 }
 
-static enum rk_status score(struct eval *eval, size_t index, const char *level,
-                            const uint8_t salt[SALT_BYTES], struct rows *rows,
-                            struct rk_report *ret_report, struct rk_error *error)
+/* Which levels exist is the worker's to say: it is asked for one token of the smallest request. */
+static enum rk_status check_level(const struct eval *eval, struct rk_error *error)
 {
-    const struct eval_request *from = &eval->file.requests[index];
-    struct rk_segment_input *segments = rk_alloc_zero(from->num_segments + 1, sizeof(*segments));
-    if (!segments) {
-        return rk_error_set(error, RK_ERR_NO_MEMORY, "out of memory");
+    static const int32_t token;
+    struct score_rows rows = {.values = NULL};
+    struct rk_report report;
+    const struct rk_score_request request = {.prompt = {.token_ids = &token, .num_tokens = 1},
+                                             .continuation = {.token_ids = &token, .num_tokens = 1},
+                                             .level = eval->arguments->level};
+    enum rk_status status = score_run(eval->client, &request, &rows, &report, error);
+    if (status == RK_OK) {
+        rk_report_clear(&report);
     }
-    for (size_t i = 0; i < from->num_segments; i++) {
-        segments[i].token_ids = from->segments[i].ids;
-        segments[i].num_tokens = from->segments[i].count;
-    }
-    struct rk_score_request request = {
-        .segments = segments,
-        .num_segments = from->num_segments,
-        .prompt = {.token_ids = from->question.ids, .num_tokens = from->question.count},
-        .continuation = {.token_ids = from->continuation.ids,
-                         .num_tokens = from->continuation.count},
-        .level = level,
-        .salt = salt,
-        .salt_bytes = SALT_BYTES};
-    rows->positions = from->continuation.count;
-    rows->next = 0;
-    enum rk_status status =
-        rk_client_score(eval->client, &request, on_row, rows, ret_report, error);
-    rk_free(segments);
-    if (rows->bad || (status == RK_OK && rows->next != rows->positions)) {
-        if (status == RK_OK) {
-            rk_report_clear(ret_report);
-        }
-        status = rk_error_set(error, RK_ERR_INTERNAL,
-                              "got %u rows, not the %zu of the continuation, or of another size",
-                              rows->next, rows->positions);
-    }
-    if (status != RK_OK) {
-        rk_error_prefix(error, "request %zu at %s", index, level);
-        return status;
-    }
-    for (size_t i = 0; i < ret_report->num_segments; i++) {
-        if (!rk_id_is_zero(&ret_report->segments[i].segment_id)) {
-            remember(eval, &ret_report->segments[i].segment_id);
-        }
-    }
-    return RK_OK;
+    score_rows_clear(&rows);
+    return status;
 }
 
-/* The header needs the vocabulary's size, which the first row tells. */
 static enum rk_status dump_open(struct eval *eval, struct rk_error *error)
 {
     size_t count = 2 * eval->file.num_requests;
@@ -219,16 +149,180 @@ static enum rk_status dump_open(struct eval *eval, struct rk_error *error)
     return status;
 }
 
-static enum rk_status dump(struct eval *eval, const struct rows *full, const struct rows *level,
-                           struct rk_error *error)
+static enum rk_status check_all(struct eval *eval, struct rk_error *error)
 {
-    if (!eval->arguments->dump) {
+    struct rk_worker_status worker;
+    enum rk_status status = rk_client_worker_status(eval->client, &worker, error);
+    if (status != RK_OK) {
+        return status;
+    }
+    eval->vocab = worker.vocab_size;
+    eval->context_tokens = worker.context_tokens;
+    rk_worker_status_clear(&worker);
+    status = eval_file_resolve(&eval->file, tokenize, eval->client, eval->vocab, error);
+    for (size_t i = 0; i < eval->file.num_requests && status == RK_OK; i++) {
+        status = check_length(eval, i, error);
+    }
+    if (status == RK_OK) {
+        status = check_level(eval, error);
+    }
+    if (status == RK_OK && eval->arguments->dump) {
+        status = dump_open(eval, error);
+    }
+    return status;
+}
+
+/* ---- Storing what is to be reused ---- */
+
+/* The token lists of a request as the library takes them; freed by the caller. */
+static struct rk_segment_input *segment_inputs(const struct eval_request *request)
+{
+    struct rk_segment_input *segments = rk_alloc_zero(request->num_segments + 1, sizeof(*segments));
+    for (size_t i = 0; segments && i < request->num_segments; i++) {
+        segments[i].token_ids = request->segments[i].ids;
+        segments[i].num_tokens = request->segments[i].count;
+        segments[i].label = EVAL_LABEL;
+    }
+    return segments;
+}
+
+static void put_progress(void *context, uint32_t done, uint32_t total)
+{
+    cli_progress(context, done, total);
+}
+
+/* Each distinct segment alone; the prefix is the segment at position 0, where alone is in place. */
+static enum rk_status put_all(struct eval *eval, struct rk_error *error)
+{
+    eval->stored = true;
+    for (size_t i = 0; i < eval->file.num_requests; i++) {
+        const struct eval_request *request = &eval->file.requests[i];
+        char what[64];
+        (void)snprintf(what, sizeof(what), "storing segments %zu/%zu", i + 1,
+                       eval->file.num_requests);
+        for (size_t j = 0; j < request->num_segments; j++) {
+            struct rk_segment_input segment = {.token_ids = request->segments[j].ids,
+                                               .num_tokens = request->segments[j].count,
+                                               .label = EVAL_LABEL};
+            struct rk_put_result result;
+            cli_progress(what, 0, 1);
+            enum rk_status status = rk_client_put_segment(
+                eval->client, &segment, eval->salt, SALT_BYTES, put_progress, what, &result, error);
+            if (status != RK_OK) {
+                rk_error_prefix(error, "request %zu: storing segment %zu", i, j);
+                return status;
+            }
+        }
+    }
+    cli_progress_end();
+    return RK_OK;
+}
+
+static bool any_token(void *context, const int32_t *token_ids, size_t num_tokens, const char *text,
+                      size_t text_bytes)
+{
+    (void)context;
+    (void)token_ids;
+    (void)num_tokens;
+    (void)text;
+    (void)text_bytes;
+    return !cli_interrupted();
+}
+
+/* Score stores nothing, so the chain that `exact` is to reuse is stored by an answer of one token
+ * over the same segments. */
+static enum rk_status publish_chain(struct eval *eval, size_t index, struct rk_error *error)
+{
+    const struct eval_request *from = &eval->file.requests[index];
+    struct rk_segment_input *segments = segment_inputs(from);
+    struct rk_report report = {.owner = NULL};
+    if (!segments) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "out of memory");
+    }
+    const struct rk_generate_request request = {
+        .segments = segments,
+        .num_segments = from->num_segments,
+        .prompt = {.token_ids = from->question.ids, .num_tokens = 1},
+        .level = "exact",
+        .max_tokens = 1,
+        .raw = true,
+        .ignore_eos = true,
+        .salt = eval->salt,
+        .salt_bytes = SALT_BYTES};
+    enum rk_status status =
+        rk_client_generate(eval->client, &request, any_token, NULL, &report, error);
+    rk_free(segments);
+    if (status != RK_OK) {
+        rk_error_prefix(error, "request %zu: storing its chain", index);
+    }
+    rk_report_clear(&report);
+    return status;
+}
+
+static enum rk_status publish_chains(struct eval *eval, struct rk_error *error)
+{
+    enum rk_status status = RK_OK;
+    if (strcmp(eval->arguments->level, "exact") != 0) {
+        return RK_OK; /* Elsewhere a chain would make what is measured better than it is. */
+    }
+    for (size_t i = 0; i < eval->file.num_requests && status == RK_OK; i++) {
+        cli_progress("storing chains", i, eval->file.num_requests);
+        if (eval->file.requests[i].num_segments > 1) { /* A chain of one is stored already. */
+            status = publish_chain(eval, i, error);
+        }
+    }
+    cli_progress_end();
+    return status;
+}
+
+/* ---- Scoring ---- */
+
+static void row_progress(void *context, uint32_t rows_done, size_t rows_total)
+{
+    cli_progress(context, rows_done, rows_total);
+}
+
+static enum rk_status score(struct eval *eval, size_t index, const char *level,
+                            const uint8_t salt[SALT_BYTES], struct score_rows *rows,
+                            struct rk_report *ret_report, struct rk_error *error)
+{
+    const struct eval_request *from = &eval->file.requests[index];
+    struct rk_segment_input *segments = segment_inputs(from);
+    char what[64];
+    if (!segments) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "out of memory");
+    }
+    (void)snprintf(what, sizeof(what), "request %zu/%zu at %s", index + 1, eval->file.num_requests,
+                   level);
+    const struct rk_score_request request = {
+        .segments = segments,
+        .num_segments = from->num_segments,
+        .prompt = {.token_ids = from->question.ids, .num_tokens = from->question.count},
+        .continuation = {.token_ids = from->continuation.ids,
+                         .num_tokens = from->continuation.count},
+        .level = level,
+        .salt = salt,
+        .salt_bytes = SALT_BYTES};
+    rows->progress = row_progress;
+    rows->context = what;
+    cli_progress(what, 0, from->continuation.count);
+    enum rk_status status = score_run(eval->client, &request, rows, ret_report, error);
+    cli_progress_end();
+    rk_free(segments);
+    if (status != RK_OK) {
+        rk_error_prefix(error, "request %zu at %s", index, level);
+    }
+    return status;
+}
+
+static enum rk_status dump(struct eval *eval, const struct score_rows *full,
+                           const struct score_rows *level, struct rk_error *error)
+{
+    if (!eval->dump) {
         return RK_OK;
     }
-    enum rk_status status = eval->dump ? RK_OK : dump_open(eval, error);
-    if (status == RK_OK) {
-        status = safetensors_write(eval->dump, full->values, full->positions * full->vocab, error);
-    }
+    enum rk_status status =
+        safetensors_write(eval->dump, full->values, full->positions * full->vocab, error);
     if (status == RK_OK) {
         status =
             safetensors_write(eval->dump, level->values, level->positions * level->vocab, error);
@@ -236,36 +330,10 @@ static enum rk_status dump(struct eval *eval, const struct rows *full, const str
     return status;
 }
 
-static enum rk_status compare(struct eval *eval, size_t index, const struct rows *full,
-                              const struct rows *level, struct rk_error *error)
-{
-    struct eval_result *result = &eval->results[index];
-    if (full->vocab != level->vocab || (eval->vocab && full->vocab != eval->vocab)) {
-        return rk_error_set(error, RK_ERR_INTERNAL, "request %zu: the vocabulary's size changed",
-                            index);
-    }
-    eval->vocab = full->vocab;
-    for (size_t i = 0; i < full->positions; i++) {
-        const float *p = full->values + i * full->vocab;
-        const float *q = level->values + i * full->vocab;
-        double kl = eval_kl(p, q, full->vocab);
-        if (isnan(kl)) {
-            return rk_error_set(error, RK_ERR_INTERNAL,
-                                "request %zu, position %zu: log-probabilities that are no numbers",
-                                index, i);
-        }
-        result->kl += kl;
-        result->top1 += eval_top1(p, full->vocab) == eval_top1(q, full->vocab);
-    }
-    result->kl /= (double)full->positions;
-    result->top1 /= (double)full->positions;
-    return dump(eval, full, level, error);
-}
-
 static enum rk_status run_request(struct eval *eval, size_t index, struct rk_error *error)
 {
-    struct rows full = {.values = NULL};
-    struct rows level = {.values = NULL};
+    struct score_rows full = {.values = NULL};
+    struct score_rows level = {.values = NULL};
     struct eval_result *result = &eval->results[index];
     enum rk_status status =
         score(eval, index, "full", eval->full_salt, &full, &result->full, error);
@@ -274,105 +342,21 @@ static enum rk_status run_request(struct eval *eval, size_t index, struct rk_err
             score(eval, index, eval->arguments->level, eval->salt, &level, &result->level, error);
     }
     if (status == RK_OK) {
-        status = compare(eval, index, &full, &level, error);
+        result->positions = full.positions;
+        status = score_compare(&full, &level, &result->distance, error);
+        if (status == RK_OK && full.vocab != eval->vocab) {
+            status = rk_error_set(error, RK_ERR_INTERNAL, "the vocabulary's size changed");
+        }
+        if (status != RK_OK) {
+            rk_error_prefix(error, "request %zu", index);
+        }
     }
-    rk_free(full.values);
-    rk_free(level.values);
+    if (status == RK_OK) {
+        status = dump(eval, &full, &level, error);
+    }
+    score_rows_clear(&full);
+    score_rows_clear(&level);
     return status;
-}
-
-/* Sums over requests; kl and top1 are means over all positions of all requests. */
-struct summary {
-    double kl;
-    double top1;
-    double flops;
-    double flops_full;
-    double tokens_computed;
-    double bytes_fetched;
-    double ttft_full_s;
-    double ttft_level_s;
-};
-
-static struct summary summarize(const struct eval *eval)
-{
-    struct summary summary = {.kl = 0};
-    double positions = 0;
-    for (size_t i = 0; i < eval->file.num_requests; i++) {
-        const struct eval_result *result = &eval->results[i];
-        double count = (double)eval->file.requests[i].continuation.count;
-        positions += count;
-        summary.kl += result->kl * count;
-        summary.top1 += result->top1 * count;
-        summary.flops += result->level.flops;
-        summary.flops_full += result->level.flops_full;
-        summary.tokens_computed += result->level.tokens_computed;
-        summary.bytes_fetched += (double)result->level.bytes_fetched;
-        summary.ttft_full_s += result->full.ttft_s;
-        summary.ttft_level_s += result->level.ttft_s;
-    }
-    summary.kl /= positions;
-    summary.top1 /= positions;
-    summary.ttft_full_s /= (double)eval->file.num_requests; /* Of one request. */
-    summary.ttft_level_s /= (double)eval->file.num_requests;
-    return summary;
-}
-
-static double share(double flops, double flops_full)
-{
-    return flops_full > 0 ? flops / flops_full : 0;
-}
-
-/* JSON has no infinity: such a KL is null. */
-static json_t *number(double value)
-{
-    return isfinite(value) ? json_real(value) : json_null();
-}
-
-static json_t *eval_json(const struct eval *eval)
-{
-    json_t *rows = json_array();
-    for (size_t i = 0; i < eval->file.num_requests; i++) {
-        const struct eval_result *result = &eval->results[i];
-        (void)json_array_append_new(
-            rows, json_pack("{s:o, s:f, s:I, s:f, s:I, s:I, s:f, s:f, s:o}", "kl",
-                            number(result->kl), "top1", result->top1, "positions",
-                            (json_int_t)eval->file.requests[i].continuation.count, "flops_share",
-                            share(result->level.flops, result->level.flops_full), "tokens_computed",
-                            (json_int_t)result->level.tokens_computed, "bytes_fetched",
-                            (json_int_t)result->level.bytes_fetched, "ttft_full_s",
-                            result->full.ttft_s, "ttft_level_s", result->level.ttft_s, "report",
-                            cli_report_json(&result->level)));
-    }
-    struct summary summary = summarize(eval);
-    json_t *total = json_pack("{s:s, s:o, s:f, s:f, s:I, s:I, s:f, s:f}", "level",
-                              eval->arguments->level, "kl", number(summary.kl), "top1",
-                              summary.top1, "flops_share", share(summary.flops, summary.flops_full),
-                              "tokens_computed", (json_int_t)summary.tokens_computed,
-                              "bytes_fetched", (json_int_t)summary.bytes_fetched, "ttft_full_s",
-                              summary.ttft_full_s, "ttft_level_s", summary.ttft_level_s);
-    return json_pack("{s:o, s:o}", "requests", rows, "summary", total);
-}
-
-static void eval_print(const struct eval *eval)
-{
-    char bytes[32];
-    char full[32];
-    char level[32];
-    (void)printf("%-8s %12s %7s %12s %9s %11s %11s %11s\n", "REQUEST", "KL (nats)", "TOP-1",
-                 "FLOPS SHARE", "COMPUTED", "FETCHED", "TTFT FULL", "TTFT LEVEL");
-    for (size_t i = 0; i < eval->file.num_requests; i++) {
-        const struct eval_result *result = &eval->results[i];
-        (void)printf("%-8zu %12.6g %7.4f %12.4f %9u %11s %11s %11s\n", i, result->kl, result->top1,
-                     share(result->level.flops, result->level.flops_full),
-                     result->level.tokens_computed, cli_bytes(result->level.bytes_fetched, bytes),
-                     cli_seconds(result->full.ttft_s, full),
-                     cli_seconds(result->level.ttft_s, level));
-    }
-    struct summary summary = summarize(eval);
-    (void)printf("%-8s %12.6g %7.4f %12.4f %9.0f %11s %11s %11s\n", eval->arguments->level,
-                 summary.kl, summary.top1, share(summary.flops, summary.flops_full),
-                 summary.tokens_computed, cli_bytes((uint64_t)summary.bytes_fetched, bytes),
-                 cli_seconds(summary.ttft_full_s, full), cli_seconds(summary.ttft_level_s, level));
 }
 
 static enum rk_status eval_prepare(struct eval *eval, struct rk_error *error)
@@ -381,62 +365,68 @@ static enum rk_status eval_prepare(struct eval *eval, struct rk_error *error)
         getrandom(eval->full_salt, SALT_BYTES, 0) != SALT_BYTES) {
         return rk_error_set(error, RK_ERR_IO, "no random numbers: %s", strerror(errno));
     }
-    for (size_t i = 0; i < eval->file.num_requests; i++) {
-        eval->stored_max += 2 * eval->file.requests[i].num_segments + 4;
-    }
-    eval->stored = rk_alloc_zero(eval->stored_max, sizeof(*eval->stored));
     eval->results = rk_alloc_zero(eval->file.num_requests, sizeof(*eval->results));
-    if (!eval->stored || !eval->results) {
+    if (!eval->results) {
         return rk_error_set(error, RK_ERR_NO_MEMORY, "out of memory");
     }
     return RK_OK;
-}
-
-/* One worker for everything: fidelity is a property of one machine's arithmetic. */
-static enum rk_status eval_connect(struct eval *eval, struct rk_error *error)
-{
-    char *worker = NULL;
-    struct rk_client *client = NULL;
-    enum rk_status status =
-        cli_client_open(&eval->arguments->common, eval->arguments->worker, &client, error);
-    if (status == RK_OK) {
-        status = rk_client_pick_worker(client, &worker, error);
-    }
-    cli_client_close(client);
-    if (status == RK_OK) {
-        status = cli_client_open(&eval->arguments->common, worker, &eval->client, error);
-    }
-    rk_client_string_free(worker);
-    return status;
 }
 
 static enum rk_status eval_run(struct eval *eval, struct rk_error *error)
 {
     enum rk_status status = eval_prepare(eval, error);
     if (status == RK_OK) {
-        status = eval_connect(eval, error);
+        /* One worker for everything: fidelity is a property of one machine's arithmetic. */
+        status = cli_client_open_one(&eval->arguments->common, eval->arguments->worker,
+                                     &eval->client, error);
+    }
+    if (status == RK_OK) {
+        status = check_all(eval, error);
     }
     if (status == RK_OK) {
         status = put_all(eval, error);
     }
+    if (status == RK_OK) {
+        status = publish_chains(eval, error);
+    }
     for (size_t i = 0; i < eval->file.num_requests && status == RK_OK; i++) {
-        cli_progress("scoring", i, eval->file.num_requests);
         status = run_request(eval, i, error);
     }
-    cli_progress_end();
     if (status == RK_OK && eval->dump) {
         status = safetensors_finish(eval->dump, error);
     }
     return status;
 }
 
-static void eval_clear(struct eval *eval)
+/* All that was stored under the two salts, chains too. CLI_FAIL when something may be left: with
+ * what removes it. */
+static int eval_drop(struct eval *eval)
 {
     struct rk_error error = {.status = RK_OK};
-    if (eval->client && eval->num_stored > 0 &&
-        rk_client_drop(eval->client, eval->stored, eval->num_stored, NULL, &error) != RK_OK) {
-        (void)cli_fail_error("eval: dropping its segments", &error);
+    const uint8_t *salts[] = {eval->salt, eval->full_salt};
+    struct rk_client *client = NULL; /* One that no interrupt has cancelled. */
+    enum rk_status status = RK_OK;
+    if (!eval->stored) {
+        return CLI_OK;
     }
+    const struct rk_client_options options = {.coordinator = eval->arguments->common.coordinator};
+    status = rk_client_create(&options, &client, &error);
+    for (size_t i = 0; i < 2 && status == RK_OK; i++) {
+        struct rk_drop_query query = {.salt = salts[i], .salt_bytes = SALT_BYTES};
+        struct rk_drop_result result;
+        status = rk_client_drop_query(client, &query, &result, &error);
+    }
+    rk_client_destroy(client);
+    if (status == RK_OK) {
+        return CLI_OK;
+    }
+    return cli_fail("eval: dropping its segments: %s; they remain stored: `redknot drop --label "
+                    "\"" EVAL_LABEL "\"` drops them",
+                    error.text);
+}
+
+static void eval_clear(struct eval *eval)
+{
     cli_client_close(eval->client);
     safetensors_destroy(eval->dump);
     for (size_t i = 0; eval->results && i < eval->file.num_requests; i++) {
@@ -444,7 +434,6 @@ static void eval_clear(struct eval *eval)
         rk_report_clear(&eval->results[i].level);
     }
     rk_free(eval->results);
-    rk_free(eval->stored);
     eval_file_clear(&eval->file);
 }
 
@@ -462,9 +451,12 @@ int cli_eval(int argc, char **argv)
     if (status != RK_OK) {
         code = cli_fail_error("eval", &error);
     } else if (arguments.common.json) {
-        cli_print_json(eval_json(&eval));
+        cli_print_json(eval_results_json(eval.results, eval.file.num_requests, arguments.level));
     } else {
-        eval_print(&eval);
+        eval_results_print(eval.results, eval.file.num_requests, arguments.level);
+    }
+    if (eval_drop(&eval) != CLI_OK) {
+        code = CLI_FAIL;
     }
     eval_clear(&eval);
     return code;

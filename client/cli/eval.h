@@ -9,6 +9,7 @@
 
 #include "common/base/status.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -23,11 +24,14 @@
 struct eval_tokens {
     int32_t *ids;
     size_t count;
+    char *text;         /* given instead of ids, which eval_file_resolve() adds; else NULL */
+    bool parse_special; /* of the text: special tokens in it are not plain text */
 };
 
 struct eval_request {
     struct eval_tokens *segments; /* the prefix, if any, is the first */
     size_t num_segments;
+    bool has_prefix;
     struct eval_tokens question;
     struct eval_tokens continuation;
 };
@@ -35,14 +39,25 @@ struct eval_request {
 struct eval_file {
     struct eval_request *requests;
     size_t num_requests;
+    const char *name; /* borrowed: what errors call it */
 };
+
+/* ids are the caller's, to be freed with rk_free. */
+typedef enum rk_status (*eval_tokenize)(void *context, const char *text, bool parse_special,
+                                        int32_t **ret_ids, size_t *ret_count,
+                                        struct rk_error *error);
 
 /* The error names file, request index and key. */
 RK_MUST_CHECK enum rk_status eval_file_load(const char *path, struct eval_file *ret_file,
                                             struct rk_error *error);
-/* From JSON text; name is what errors call it. */
+/* From JSON text; name is what errors call it, and outlives the file. */
 RK_MUST_CHECK enum rk_status eval_file_parse(const char *text, size_t bytes, const char *name,
                                              struct eval_file *ret_file, struct rk_error *error);
+/* Makes ids of all that is given as text, and checks every id against the vocabulary: whatever is
+ * wrong is said before anything is computed. */
+RK_MUST_CHECK enum rk_status eval_file_resolve(struct eval_file *file, eval_tokenize tokenize,
+                                               void *context, uint32_t vocab,
+                                               struct rk_error *error);
 void eval_file_clear(struct eval_file *file);
 
 /* ---- eval_math.c ---- */

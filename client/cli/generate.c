@@ -1,8 +1,12 @@
 #include "client/cli/cli_internal.h"
+#include "client/cli/score.h"
 #include "common/base/alloc.h"
 
+#include <math.h>
 #include <string.h>
 #include <unistd.h>
+
+#define COMPARE_TOKENS 16 /* at most, that the two levels are compared along */
 
 struct generate_arguments {
     struct cli_common common;
@@ -11,10 +15,19 @@ struct generate_arguments {
     size_t num_segments;
     struct rk_generate_request request;
     const char *prompt;
+    const char *compare; /* a level, or NULL */
     bool verbose;
 };
 
-enum { KEY_RAW = 256, KEY_NO_PUBLISH, KEY_TOP_P, KEY_SEED, KEY_SYSTEM, KEY_TEMPERATURE };
+enum {
+    KEY_RAW = 256,
+    KEY_NO_PUBLISH,
+    KEY_TOP_P,
+    KEY_SEED,
+    KEY_SYSTEM,
+    KEY_TEMPERATURE,
+    KEY_COMPARE
+};
 
 static const struct argp_option generate_options[] = {
     {.name = "segment",
@@ -27,6 +40,10 @@ static const struct argp_option generate_options[] = {
      .arg = "LEVEL",
      .doc = "full, exact (default) or fast"},
     {.name = "fidelity", .key = CLI_LETTER_LEVEL, .flags = OPTION_ALIAS},
+    {.name = "compare",
+     .key = KEY_COMPARE,
+     .arg = "LEVEL",
+     .doc = "Answer at this level, too (full), and tell how far the two are from each other"},
     {.name = "max-tokens",
      .key = CLI_LETTER_MAX_TOKENS,
      .arg = "N",
@@ -70,6 +87,9 @@ static error_t parse_generate(int key, char *arg, struct argp_state *state)
         return 0;
     case CLI_LETTER_LEVEL:
         request->level = cli_parse_level(state, arg);
+        return 0;
+    case KEY_COMPARE:
+        arguments->compare = cli_parse_level(state, arg);
         return 0;
     case CLI_LETTER_MAX_TOKENS:
         request->max_tokens = (uint32_t)cli_parse_uint(state, "--max-tokens", arg, 1, 1u << 20);
@@ -168,45 +188,215 @@ static enum rk_status segments_read(const struct generate_arguments *arguments,
     return RK_OK;
 }
 
-struct output {
-    bool json;
+/* ---- One answer ---- */
+
+struct answer {
+    bool shown; /* as it comes, on standard output */
+    bool terminal;
+    bool ends_line;
     char *text;
     size_t text_bytes;
-    json_t *token_ids;
-    bool ends_line;
+    int32_t *ids;
+    size_t num_ids;
+    struct rk_report report;
 };
+
+static void answer_clear(struct answer *answer)
+{
+    rk_report_clear(&answer->report);
+    rk_free(answer->text);
+    rk_free(answer->ids);
+}
+
+/* A terminal obeys control characters, and a model may write any; a file gets the bytes. */
+static bool show(struct answer *answer, const char *text, size_t text_bytes)
+{
+    if (text_bytes > 0) {
+        answer->ends_line = text[text_bytes - 1] == '\n';
+    }
+    return (answer->terminal ? cli_write_text(stdout, text, text_bytes)
+                             : fwrite(text, 1, text_bytes, stdout) == text_bytes) &&
+           fflush(stdout) == 0;
+}
 
 static bool on_token(void *context, const int32_t *token_ids, size_t num_tokens, const char *text,
                      size_t text_bytes)
 {
-    struct output *output = context;
-    if (!output->json) {
-        if (text_bytes > 0) {
-            output->ends_line = text[text_bytes - 1] == '\n';
-        }
-        return fwrite(text, 1, text_bytes, stdout) == text_bytes && fflush(stdout) == 0;
-    }
-    for (size_t i = 0; i < num_tokens; i++) {
-        (void)json_array_append_new(output->token_ids, json_integer(token_ids[i]));
-    }
-    char *longer = rk_alloc_resize(output->text, output->text_bytes + text_bytes + 1, 1);
-    if (!longer) {
+    struct answer *answer = context;
+    char *longer = rk_alloc_resize(answer->text, answer->text_bytes + text_bytes + 1, 1);
+    answer->text = longer ? longer : answer->text;
+    int32_t *more = rk_alloc_resize(answer->ids, answer->num_ids + num_tokens + 1, sizeof(*more));
+    answer->ids = more ? more : answer->ids;
+    if (!longer || !more) {
         return false;
     }
-    output->text = longer;
-    memcpy(longer + output->text_bytes, text, text_bytes);
-    output->text_bytes += text_bytes;
-    return true;
+    memcpy(longer + answer->text_bytes, text, text_bytes);
+    answer->text_bytes += text_bytes;
+    for (size_t i = 0; i < num_tokens; i++) {
+        more[answer->num_ids++] = token_ids[i];
+    }
+    return !answer->shown || show(answer, text, text_bytes);
 }
 
-static int output_json(struct output *output, const struct rk_report *report)
+static json_t *answer_json(const struct answer *answer)
 {
-    json_t *text = json_stringn(output->text ? output->text : "", output->text_bytes);
-    if (!text) { /* A model may generate bytes that are no UTF-8; the ids tell which. */
-        text = json_null();
+    json_t *ids = json_array();
+    for (size_t i = 0; i < answer->num_ids; i++) {
+        (void)json_array_append_new(ids, json_integer(answer->ids[i]));
     }
-    cli_print_json(json_pack("{s:o, s:O, s:o}", "text", text, "token_ids", output->token_ids,
-                             "report", cli_report_json(report)));
+    json_t *object =
+        json_pack("{s:o, s:o}", "token_ids", ids, "report", cli_report_json(&answer->report));
+    cli_json_set_text(object, "text", answer->text ? answer->text : "", answer->text_bytes);
+    return object;
+}
+
+/* ---- Two answers ---- */
+
+struct comparison {
+    struct answer answer;    /* at the other level */
+    size_t first_difference; /* of the tokens; SIZE_MAX: they are the same */
+    struct score_distance distance;
+    size_t positions; /* that it was measured over */
+};
+
+/* Along the other answer's first tokens: what the level would have said there. */
+static enum rk_status measure(struct rk_client *client, const struct generate_arguments *arguments,
+                              struct comparison *comparison, struct rk_error *error)
+{
+    const struct rk_generate_request *from = &arguments->request;
+    struct score_rows there = {.values = NULL};
+    struct score_rows here = {.values = NULL};
+    struct rk_report report = {.owner = NULL};
+    size_t count = comparison->answer.num_ids;
+    count = count < COMPARE_TOKENS ? count : COMPARE_TOKENS;
+    struct rk_score_request request = {
+        .segments = from->segments,
+        .num_segments = from->num_segments,
+        .prompt = from->prompt,
+        .continuation = {.token_ids = comparison->answer.ids, .num_tokens = count},
+        .level = arguments->compare,
+        .chat = !from->raw,
+        .system = from->system};
+    if (count == 0) {
+        return RK_OK; /* An answer without a token: nothing to measure along. */
+    }
+    enum rk_status status = score_run(client, &request, &there, &report, error);
+    rk_report_clear(&report);
+    request.level = from->level;
+    if (status == RK_OK) {
+        status = score_run(client, &request, &here, &report, error);
+        rk_report_clear(&report);
+    }
+    if (status == RK_OK) {
+        status = score_compare(&there, &here, &comparison->distance, error);
+        comparison->positions = count;
+    }
+    score_rows_clear(&there);
+    score_rows_clear(&here);
+    return status;
+}
+
+static enum rk_status compare(struct rk_client *client, const struct generate_arguments *arguments,
+                              const struct answer *answer, struct comparison *comparison,
+                              struct rk_error *error)
+{
+    struct rk_generate_request request = arguments->request;
+    struct answer *other = &comparison->answer;
+    request.level = arguments->compare;
+    request.no_publish = true; /* It must not make the level better than it is. */
+    enum rk_status status =
+        rk_client_generate(client, &request, on_token, other, &other->report, error);
+    if (status == RK_OK) {
+        status = measure(client, arguments, comparison, error);
+    }
+    if (status != RK_OK) {
+        rk_error_prefix(error, "--compare %s", arguments->compare);
+        return status;
+    }
+    size_t at = 0;
+    while (at < answer->num_ids && at < other->num_ids && answer->ids[at] == other->ids[at]) {
+        at++;
+    }
+    bool same = answer->num_ids == other->num_ids && at == answer->num_ids;
+    comparison->first_difference = same ? SIZE_MAX : at;
+    return RK_OK;
+}
+
+static json_t *comparison_json(const struct comparison *comparison, const char *level)
+{
+    bool same = comparison->first_difference == SIZE_MAX;
+    bool finite = comparison->positions > 0 && isfinite(comparison->distance.kl);
+    json_t *object = answer_json(&comparison->answer);
+    (void)json_object_set_new(object, "level", json_string(level));
+    (void)json_object_set_new(object, "kl",
+                              finite ? json_real(comparison->distance.kl) : json_null());
+    (void)json_object_set_new(object, "top1", json_real(comparison->distance.top1));
+    (void)json_object_set_new(object, "positions", json_integer((json_int_t)comparison->positions));
+    (void)json_object_set_new(object, "first_difference",
+                              same ? json_null()
+                                   : json_integer((json_int_t)comparison->first_difference));
+    return object;
+}
+
+static void comparison_print(const struct comparison *comparison, const char *level,
+                             const char *other, bool verbose)
+{
+    cli_report_print(stderr, &comparison->answer.report, verbose);
+    if (comparison->first_difference == SIZE_MAX) {
+        (void)fprintf(stderr, "the two answers are the same");
+    } else {
+        (void)fprintf(stderr, "the two answers differ from token %zu on",
+                      comparison->first_difference + 1);
+    }
+    (void)fprintf(stderr,
+                  "; KL(%s || %s) %.4g nats, top-1 %.0f %%: means along the first %zu tokens of "
+                  "the answer at %s\n",
+                  other, level, comparison->distance.kl, 100 * comparison->distance.top1,
+                  comparison->positions, other);
+}
+
+/* ---- The command ---- */
+
+/* Two levels are compared on one worker: its arithmetic must not differ. */
+static enum rk_status open_client(const struct generate_arguments *arguments,
+                                  struct rk_client **ret_client, struct rk_error *error)
+{
+    if (arguments->compare) {
+        return cli_client_open_one(&arguments->common, arguments->worker, ret_client, error);
+    }
+    return cli_client_open(&arguments->common, arguments->worker, ret_client, error);
+}
+
+static void heading(const char *level)
+{
+    (void)printf("[%s]\n", level);
+    (void)fflush(stdout);
+}
+
+static void end_line(struct answer *answer)
+{
+    if (answer->shown && !answer->ends_line) {
+        (void)fputc('\n', stdout);
+        (void)fflush(stdout);
+    }
+}
+
+static int print_all(const struct generate_arguments *arguments, const struct answer *answer,
+                     const struct comparison *comparison)
+{
+    if (arguments->common.json) {
+        json_t *object = answer_json(answer);
+        if (arguments->compare) {
+            (void)json_object_set_new(object, "compare",
+                                      comparison_json(comparison, arguments->compare));
+        }
+        cli_print_json(object);
+        return CLI_OK;
+    }
+    cli_report_print(stderr, &answer->report, arguments->verbose);
+    if (arguments->compare) {
+        comparison_print(comparison, answer->report.level, arguments->compare, arguments->verbose);
+    }
     return CLI_OK;
 }
 
@@ -214,33 +404,38 @@ static int generate_run(struct generate_arguments *arguments, struct segments *s
 {
     struct rk_error error = {.status = RK_OK};
     struct rk_client *client = NULL;
-    struct rk_report report = {.owner = NULL};
-    struct output output = {
-        .json = arguments->common.json, .token_ids = json_array(), .ends_line = true};
+    struct answer answer = {
+        .shown = !arguments->common.json, .terminal = isatty(STDOUT_FILENO), .ends_line = true};
+    struct comparison comparison = {.answer = answer};
     arguments->request.segments = segments->inputs;
     arguments->request.num_segments = segments->count;
     arguments->request.prompt = (struct rk_segment_input){.text = arguments->prompt};
+    bool headings = arguments->compare && answer.shown;
 
     int code = CLI_OK;
-    enum rk_status status = cli_client_open(&arguments->common, arguments->worker, &client, &error);
+    enum rk_status status = open_client(arguments, &client, &error);
     if (status == RK_OK) {
-        status =
-            rk_client_generate(client, &arguments->request, on_token, &output, &report, &error);
+        if (headings) {
+            heading(arguments->request.level ? arguments->request.level : "exact");
+        }
+        status = rk_client_generate(client, &arguments->request, on_token, &answer, &answer.report,
+                                    &error);
+        end_line(&answer);
     }
-    if (!output.json && !output.ends_line) {
-        (void)fputc('\n', stdout);
-        (void)fflush(stdout);
+    if (status == RK_OK && arguments->compare) {
+        if (headings) {
+            heading(arguments->compare);
+        }
+        status = compare(client, arguments, &answer, &comparison, &error);
+        end_line(&comparison.answer);
     }
     if (status != RK_OK) {
         code = cli_fail_error("generate", &error);
-    } else if (output.json) {
-        code = output_json(&output, &report);
     } else {
-        cli_report_print(stderr, &report, arguments->verbose);
+        code = print_all(arguments, &answer, &comparison);
     }
-    rk_report_clear(&report);
-    json_decref(output.token_ids);
-    rk_free(output.text);
+    answer_clear(&answer);
+    answer_clear(&comparison.answer);
     cli_client_close(client);
     return code;
 }

@@ -19,6 +19,7 @@ static const struct {
     {"status", cli_status, "show nodes and stored segments"},
     {"drop", cli_drop, "forget stored segments"},
     {"value", cli_value, "put, get or drop opaque values by key"},
+    {"tokenize", cli_tokenize, "print the token ids of a text"},
     {"eval", cli_eval, "measure fidelity of a level against full recomputation"},
     {"demo", cli_demo, "show reuse end to end on a private cluster"},
 };
@@ -78,7 +79,7 @@ int main(int argc, char **argv)
             cli_signals_start();
             (void)snprintf(name, sizeof(name), "redknot %s", argv[1]);
             argv[1] = name;
-            return commands[i].run(argc - 1, argv + 1);
+            return cli_finish(commands[i].run(argc - 1, argv + 1));
         }
     }
     (void)cli_fail("%s: no such command; `redknot --help` lists them", argv[1]);

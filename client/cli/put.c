@@ -70,10 +70,19 @@ static enum rk_status put_file(struct rk_client *client, const char *path,
 
 static json_t *put_json(const char *path, const struct rk_put_result *result)
 {
-    return json_pack("{s:s, s:o, s:I, s:I, s:f, s:b}", "file", path, "segment_id",
-                     cli_json_id(&result->segment_id), "num_tokens", (json_int_t)result->num_tokens,
-                     "bytes", (json_int_t)result->bytes, "seconds", result->seconds,
-                     "already_stored", (int)result->already_stored);
+    json_t *row =
+        json_pack("{s:o, s:I, s:I, s:f, s:b}", "segment_id", cli_json_id(&result->segment_id),
+                  "num_tokens", (json_int_t)result->num_tokens, "bytes", (json_int_t)result->bytes,
+                  "seconds", result->seconds, "already_stored", (int)result->already_stored);
+    cli_json_set_string(row, "file", path);
+    return row;
+}
+
+static json_t *put_json_failed(const char *path, const struct rk_error *error)
+{
+    json_t *row = json_pack("{s:o}", "error", cli_json_error(error));
+    cli_json_set_string(row, "file", path);
+    return row;
 }
 
 static void put_print(const char *path, const struct rk_put_result *result)
@@ -81,9 +90,11 @@ static void put_print(const char *path, const struct rk_put_result *result)
     char hex[RK_ID_HEX_BYTES];
     char bytes[32];
     char seconds[32];
+    char shown[CLI_SHOWN_BYTES];
     rk_id_to_hex(&result->segment_id, hex);
     (void)printf("%s  %6u tokens  %10s  %9s  %s%s\n", hex, result->num_tokens,
-                 cli_bytes(result->bytes, bytes), cli_seconds(result->seconds, seconds), path,
+                 cli_bytes(result->bytes, bytes), cli_seconds(result->seconds, seconds),
+                 cli_shown(path, shown, sizeof(shown)),
                  result->already_stored ? " (already stored)" : "");
     (void)fflush(stdout);
 }
@@ -104,6 +115,7 @@ int cli_put(int argc, char **argv)
         enum rk_status status = put_file(client, arguments.files[i], &result, &error);
         if (status != RK_OK) { /* The other files are still worth storing. */
             code = cli_fail_error("put", &error);
+            (void)json_array_append_new(rows, put_json_failed(arguments.files[i], &error));
             if (rk_status_remedy(status) == RK_REMEDY_ELSEWHERE) {
                 break; /* Nobody is there: one line, not one per file. */
             }

@@ -1,55 +1,134 @@
 #include "client/cli/cli_internal.h"
 
+#include <string.h>
+
+static json_t *segment_json(const struct rk_segment_report *segment)
+{
+    json_t *row = json_pack(
+        "{s:o, s:I, s:I, s:I, s:I, s:s, s:s, s:I, s:s, s:s}", "segment_id",
+        cli_json_id(&segment->segment_id), "position", (json_int_t)segment->position, "num_tokens",
+        (json_int_t)segment->num_tokens, "tokens_reused", (json_int_t)segment->tokens_reused,
+        "tokens_computed", (json_int_t)segment->tokens_computed, "source", segment->source, "miss",
+        segment->miss, "bytes_fetched", (json_int_t)segment->bytes_fetched, "path", segment->path,
+        "tier", segment->tier);
+    cli_json_set_string(row, "label", segment->label);
+    return row;
+}
+
 json_t *cli_report_json(const struct rk_report *report)
 {
+    struct cli_report_parts parts = cli_report_parts(report);
     json_t *segments = json_array();
     for (size_t i = 0; i < report->num_segments; i++) {
-        const struct rk_segment_report *segment = &report->segments[i];
-        json_t *row =
-            json_pack("{s:o, s:s, s:I, s:I, s:I, s:I, s:s, s:s, s:I, s:s, s:s}", "segment_id",
-                      cli_json_id(&segment->segment_id), "label", segment->label, "position",
-                      (json_int_t)segment->position, "num_tokens", (json_int_t)segment->num_tokens,
-                      "tokens_reused", (json_int_t)segment->tokens_reused, "tokens_computed",
-                      (json_int_t)segment->tokens_computed, "source", segment->source, "miss",
-                      segment->miss, "bytes_fetched", (json_int_t)segment->bytes_fetched, "path",
-                      segment->path, "tier", segment->tier);
-        (void)json_array_append_new(segments, row);
+        (void)json_array_append_new(segments, segment_json(&report->segments[i]));
     }
-    return json_pack(
-        "{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:s, s:f, s:f, s:f, s:f, s:f, s:f,"
+    json_t *object = json_pack(
+        "{s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:b, s:s, s:f, s:f, s:f, s:f, s:f, s:f,"
         " s:f, s:b, s:o}",
-        "level", report->level, "worker", report->worker, "finish_reason", report->finish_reason,
-        "prompt_tokens", (json_int_t)report->prompt_tokens, "tokens_reused",
-        (json_int_t)report->tokens_reused, "tokens_computed", (json_int_t)report->tokens_computed,
-        "tokens_generated", (json_int_t)report->tokens_generated, "bytes_fetched",
-        (json_int_t)report->bytes_fetched, "path", report->path, "ttft_s", report->ttft_s,
+        "level", report->level, "finish_reason", report->finish_reason, "prompt_tokens",
+        (json_int_t)report->prompt_tokens, "tokens_reused", (json_int_t)report->tokens_reused,
+        "tokens_reused_exact", (json_int_t)parts.tokens_exact, "tokens_computed",
+        (json_int_t)report->tokens_computed, "tokens_generated",
+        (json_int_t)report->tokens_generated, "bytes_fetched", (json_int_t)report->bytes_fetched,
+        "approximate", (int)parts.approximate, "path", report->path, "ttft_s", report->ttft_s,
         "queue_s", report->queue_s, "fetch_s", report->fetch_s, "prefill_s", report->prefill_s,
         "total_s", report->total_s, "flops", report->flops, "flops_full", report->flops_full,
         "head_map", (int)report->head_map, "segments", segments);
+    cli_json_set_string(object, "worker", report->worker);
+    return object;
+}
+
+/* A segment's KV is exact in a chain, and where nothing stands before it. */
+struct cli_report_parts cli_report_parts(const struct rk_report *report)
+{
+    struct cli_report_parts parts = {.approximate = report->head_map};
+    for (size_t i = 0; i < report->num_segments; i++) {
+        const struct rk_segment_report *segment = &report->segments[i];
+        bool alone = strcmp(segment->source, "segment") == 0 ||
+                     strcmp(segment->source, "compute_alone") == 0;
+        bool exact = !alone || segment->position == 0;
+        parts.tokens_exact += exact ? segment->tokens_reused : 0;
+        parts.segments_alone += !exact;
+        parts.approximate = parts.approximate || !exact;
+    }
+    return parts;
+}
+
+void cli_report_sources(const struct rk_report *report, char *ret_text, size_t room)
+{
+    size_t used = 0;
+    ret_text[0] = '\0';
+    for (size_t i = 0; i < report->num_segments && used < room;) {
+        size_t end = i + 1;
+        while (end < report->num_segments &&
+               strcmp(report->segments[end].source, report->segments[i].source) == 0) {
+            end++;
+        }
+        int more = snprintf(ret_text + used, room - used, "%s%zu %s", i ? ", " : "", end - i,
+                            report->segments[i].source);
+        used += more > 0 ? (size_t)more : 0;
+        i = end;
+    }
+}
+
+static void print_reused(FILE *file, const struct rk_report *report,
+                         const struct cli_report_parts *parts)
+{
+    (void)fprintf(file, "%u reused", report->tokens_reused);
+    if (report->tokens_reused > 0 && parts->segments_alone > 0) {
+        (void)fprintf(file, " (%u exact from a chain, %u approximate from segments alone)",
+                      parts->tokens_exact, report->tokens_reused - parts->tokens_exact);
+    }
+}
+
+static void print_approximate(FILE *file, const struct rk_report *report,
+                              const struct cli_report_parts *parts)
+{
+    if (parts->segments_alone > 0) {
+        (void)fprintf(file,
+                      "approximate: %u of %zu segments were used as they were computed alone, "
+                      "without what stands before them here; `--compare full` tells how far it "
+                      "is from computing all\n",
+                      parts->segments_alone, report->num_segments);
+    }
+    if (report->head_map) {
+        (void)fprintf(file, "approximate: a head map limited what some heads saw\n");
+    }
+}
+
+static void print_segment(FILE *file, const struct rk_segment_report *segment)
+{
+    char bytes[32];
+    char hex[RK_ID_HEX_BYTES];
+    char label[CLI_SHOWN_BYTES];
+    rk_id_to_hex(&segment->segment_id, hex);
+    (void)fprintf(file,
+                  "  %.12s %s at %u: %u tokens, %u reused, %u computed; %s%s%s, %s over %s "
+                  "from %s\n",
+                  hex, segment->label[0] ? cli_shown(segment->label, label, sizeof(label)) : "-",
+                  segment->position, segment->num_tokens, segment->tokens_reused,
+                  segment->tokens_computed, segment->source, segment->miss[0] ? ", " : "",
+                  segment->miss, cli_bytes(segment->bytes_fetched, bytes), segment->path,
+                  segment->tier);
 }
 
 void cli_report_print(FILE *file, const struct rk_report *report, bool verbose)
 {
+    struct cli_report_parts parts = cli_report_parts(report);
     char ttft[32];
     char total[32];
     char bytes[32];
-    (void)fprintf(file,
-                  "%s on %s: first token after %s; prompt %u tokens: %u computed, %u reused; "
-                  "fetched %s over %s; %u tokens in %s (%s)\n",
-                  report->level, report->worker, cli_seconds(report->ttft_s, ttft),
-                  report->prompt_tokens, report->tokens_computed, report->tokens_reused,
+    char worker[CLI_SHOWN_BYTES];
+    (void)fprintf(file, "%s on %s: first token after %s; prompt %u tokens: %u computed, ",
+                  report->level, cli_shown(report->worker, worker, sizeof(worker)),
+                  cli_seconds(report->ttft_s, ttft), report->prompt_tokens,
+                  report->tokens_computed);
+    print_reused(file, report, &parts);
+    (void)fprintf(file, "; fetched %s over %s; %u tokens in %s (%s)\n",
                   cli_bytes(report->bytes_fetched, bytes), report->path, report->tokens_generated,
                   cli_seconds(report->total_s, total), report->finish_reason);
+    print_approximate(file, report, &parts);
     for (size_t i = 0; verbose && i < report->num_segments; i++) {
-        const struct rk_segment_report *segment = &report->segments[i];
-        char hex[RK_ID_HEX_BYTES];
-        rk_id_to_hex(&segment->segment_id, hex);
-        (void)fprintf(file,
-                      "  %.12s %s at %u: %u tokens, %u reused, %u computed; %s%s%s, %s over %s "
-                      "from %s\n",
-                      hex, segment->label[0] ? segment->label : "-", segment->position,
-                      segment->num_tokens, segment->tokens_reused, segment->tokens_computed,
-                      segment->source, segment->miss[0] ? ", " : "", segment->miss,
-                      cli_bytes(segment->bytes_fetched, bytes), segment->path, segment->tier);
+        print_segment(file, &report->segments[i]);
     }
 }

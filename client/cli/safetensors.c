@@ -1,3 +1,4 @@
+#include "client/cli/cli_internal.h"
 #include "client/cli/eval.h"
 #include "common/base/alloc.h"
 
@@ -5,6 +6,7 @@
 #include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "safetensors are little endian");
@@ -50,17 +52,33 @@ static char *make_header(const struct safetensors_entry *entries, size_t count, 
 
 static enum rk_status failed(const struct safetensors *writer, struct rk_error *error)
 {
-    return rk_error_set(error, RK_ERR_IO, "%s: cannot write it: %s", writer->partial,
-                        strerror(errno));
+    return rk_error_set(error, RK_ERR_IO,
+                        "%s: cannot write it on this machine: %s; make room, or name another file",
+                        writer->partial, strerror(errno));
+}
+
+/* The file takes its name by a rename, which would put it in the place of a device or a pipe. */
+static enum rk_status check_path(const char *path, struct rk_error *error)
+{
+    struct stat info;
+    if (stat(path, &info) == 0 && !S_ISREG(info.st_mode)) {
+        return rk_error_set(error, RK_ERR_INVALID, "%s: it is there, and no regular file", path);
+    }
+    return RK_OK;
 }
 
 enum rk_status safetensors_create(const char *path, const struct safetensors_entry *entries,
                                   size_t count, struct safetensors **ret_writer,
                                   struct rk_error *error)
 {
-    struct safetensors *writer = rk_alloc_zero(1, sizeof(*writer));
+    struct safetensors *writer = NULL;
     size_t bytes = 0;
-    enum rk_status status = RK_ERR_NO_MEMORY;
+    enum rk_status status = check_path(path, error);
+    if (status != RK_OK) {
+        return status;
+    }
+    writer = rk_alloc_zero(1, sizeof(*writer));
+    status = RK_ERR_NO_MEMORY;
     char *header = NULL;
     if (writer) {
         header = make_header(entries, count, &bytes, &writer->values_left);
@@ -71,6 +89,7 @@ enum rk_status safetensors_create(const char *path, const struct safetensors_ent
         (void)rk_error_set(error, status, "%s: out of memory", path);
         goto fail;
     }
+    cli_rubbish(writer->partial);
     writer->file = fopen(writer->partial, "wbe");
     uint64_t length = bytes;
     if (!writer->file || fwrite(&length, sizeof(length), 1, writer->file) != 1 ||
@@ -114,6 +133,7 @@ enum rk_status safetensors_finish(struct safetensors *writer, struct rk_error *e
     if (rc != 0 || rename(writer->partial, writer->path) != 0) {
         return failed(writer, error);
     }
+    cli_rubbish(NULL);
     (void)fclose(writer->file);
     writer->file = NULL;
     return RK_OK;
@@ -128,6 +148,7 @@ void safetensors_destroy(struct safetensors *writer)
         RK_ASSERT(writer->partial != NULL);
         (void)fclose(writer->file);
         (void)unlink(writer->partial);
+        cli_rubbish(NULL);
     }
     rk_free(writer->path);
     rk_free(writer->partial);

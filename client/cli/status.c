@@ -53,44 +53,55 @@ static const char *role_name(enum rk_node_role role)
     return role == RK_NODE_STORE ? "store" : role == RK_NODE_WORKER ? "worker" : "other";
 }
 
+static json_t *node_json(const struct rk_node_status *node)
+{
+    json_t *row = json_pack(
+        "{s:s, s:b, s:s, s:I, s:I, s:I, s:I}", "role", role_name(node->role), "alive",
+        (int)node->alive, "state", node->state, "capacity_bytes", (json_int_t)node->capacity_bytes,
+        "used_bytes", (json_int_t)node->used_bytes, "num_shards", (json_int_t)node->num_shards,
+        "heartbeat_age_ms", (json_int_t)node->heartbeat_age_ms);
+    cli_json_set_string(row, "node_id", node->node_id);
+    cli_json_set_string(row, "address", node->address);
+    cli_json_set_string(row, "metrics_address", node->metrics_address);
+    cli_json_set_string(row, "model", node->model);
+    cli_json_set_string(row, "version", node->version);
+    return row;
+}
+
+static json_t *segment_json(const struct rk_segment_status *segment)
+{
+    json_t *node_ids = json_array();
+    for (size_t i = 0; i < segment->num_node_ids; i++) {
+        const char *id = segment->node_ids[i];
+        (void)json_array_append_new(node_ids, cli_json_text(id, strlen(id)));
+    }
+    json_t *row =
+        json_pack("{s:o, s:I, s:I, s:b, s:s, s:s, s:o*, s:o}", "segment_id",
+                  cli_json_id(&segment->segment_id), "num_tokens", (json_int_t)segment->num_tokens,
+                  "bytes", (json_int_t)segment->bytes, "committed", (int)segment->committed, "kind",
+                  segment->kind, "state", segment->state, "alone_id",
+                  rk_id_is_zero(&segment->alone_id) ? NULL : cli_json_id(&segment->alone_id),
+                  "node_ids", node_ids);
+    cli_json_set_string(row, "label", segment->label);
+    return row;
+}
+
 static json_t *status_json(const struct rk_cluster_status *cluster, bool with_segments)
 {
     json_t *nodes = json_array();
     for (size_t i = 0; i < cluster->num_nodes; i++) {
-        const struct rk_node_status *node = &cluster->nodes[i];
-        (void)json_array_append_new(
-            nodes,
-            json_pack("{s:s, s:s, s:b, s:s, s:s, s:s, s:s, s:s, s:I, s:I, s:I, s:I}", "node_id",
-                      node->node_id, "role", role_name(node->role), "alive", (int)node->alive,
-                      "state", node->state, "address", node->address, "metrics_address",
-                      node->metrics_address, "model", node->model, "version", node->version,
-                      "capacity_bytes", (json_int_t)node->capacity_bytes, "used_bytes",
-                      (json_int_t)node->used_bytes, "num_shards", (json_int_t)node->num_shards,
-                      "heartbeat_age_ms", (json_int_t)node->heartbeat_age_ms));
+        (void)json_array_append_new(nodes, node_json(&cluster->nodes[i]));
     }
-    json_t *object =
-        json_pack("{s:s, s:I, s:I, s:I, s:o}", "version", cluster->version, "uptime_ms",
-                  (json_int_t)cluster->uptime_ms, "num_segments", (json_int_t)cluster->num_segments,
-                  "num_gone", (json_int_t)cluster->num_gone, "nodes", nodes);
+    json_t *object = json_pack("{s:I, s:I, s:I, s:o}", "uptime_ms", (json_int_t)cluster->uptime_ms,
+                               "num_segments", (json_int_t)cluster->num_segments, "num_gone",
+                               (json_int_t)cluster->num_gone, "nodes", nodes);
+    cli_json_set_string(object, "version", cluster->version);
     if (!with_segments) {
         return object;
     }
     json_t *segments = json_array();
     for (size_t i = 0; i < cluster->num_segments_listed; i++) {
-        const struct rk_segment_status *segment = &cluster->segments[i];
-        json_t *node_ids = json_array();
-        for (size_t j = 0; j < segment->num_node_ids; j++) {
-            (void)json_array_append_new(node_ids, json_string(segment->node_ids[j]));
-        }
-        (void)json_array_append_new(
-            segments,
-            json_pack("{s:o, s:s, s:I, s:I, s:b, s:s, s:s, s:o*, s:o}", "segment_id",
-                      cli_json_id(&segment->segment_id), "label", segment->label, "num_tokens",
-                      (json_int_t)segment->num_tokens, "bytes", (json_int_t)segment->bytes,
-                      "committed", (int)segment->committed, "kind", segment->kind, "state",
-                      segment->state, "alone_id",
-                      rk_id_is_zero(&segment->alone_id) ? NULL : cli_json_id(&segment->alone_id),
-                      "node_ids", node_ids));
+        (void)json_array_append_new(segments, segment_json(&cluster->segments[i]));
     }
     (void)json_object_set_new(object, "segments", segments);
     return object;
@@ -101,6 +112,9 @@ static void status_print(const struct rk_cluster_status *cluster, bool with_segm
 {
     char used[32];
     char capacity[32];
+    char id[CLI_SHOWN_BYTES];
+    char address[CLI_SHOWN_BYTES];
+    char model[CLI_SHOWN_BYTES];
     uint64_t num_stored = cluster->num_segments - cluster->num_gone;
     (void)printf("coordinator %s, up for %llu s, %llu segments\n\n", cluster->version,
                  (unsigned long long)(cluster->uptime_ms / 1000), (unsigned long long)num_stored);
@@ -110,10 +124,12 @@ static void status_print(const struct rk_cluster_status *cluster, bool with_segm
         const struct rk_node_status *node = &cluster->nodes[i];
         bool store = node->role == RK_NODE_STORE;
         (void)printf("%-8s %-24s %-22s %-10s %10s %10s %7llu  %s\n", role_name(node->role),
-                     node->node_id, node->address, node->state,
+                     cli_shown(node->node_id, id, sizeof(id)),
+                     cli_shown(node->address, address, sizeof(address)), node->state,
                      store ? cli_bytes(node->used_bytes, used) : "-",
                      store ? cli_bytes(node->capacity_bytes, capacity) : "-",
-                     (unsigned long long)node->num_shards, node->model);
+                     (unsigned long long)node->num_shards,
+                     cli_shown(node->model, model, sizeof(model)));
     }
     if (!with_segments) {
         return;
@@ -126,7 +142,8 @@ static void status_print(const struct rk_cluster_status *cluster, bool with_segm
         rk_id_to_hex(&segment->segment_id, hex);
         (void)printf("%-64s %-5s %8u %10s  %-7s %s\n", hex,
                      segment->kind[0] == '\0' ? "-" : segment->kind, segment->num_tokens,
-                     cli_bytes(segment->bytes, used), segment->state, segment->label);
+                     cli_bytes(segment->bytes, used), segment->state,
+                     cli_shown(segment->label, id, sizeof(id)));
     }
     uint64_t num_listable = with_gone ? cluster->num_segments : num_stored;
     if (cluster->num_segments_listed < num_listable) {

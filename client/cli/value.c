@@ -129,32 +129,38 @@ static enum rk_status file_read(const char *path, uint8_t **ret_data, size_t *re
     return status;
 }
 
-static enum rk_status view_write(FILE *file, const char *path, const struct rk_value_view *view,
-                                 struct rk_error *error)
+static enum rk_status stdout_write(const struct rk_value_view *view, struct rk_error *error)
 {
-    for (size_t i = 0; i < view->num_parts; i++) {
-        if (fwrite(view->parts[i].data, 1, view->parts[i].bytes, file) != view->parts[i].bytes) {
-            return file_failed(path, "write", error);
-        }
+    size_t wanted = 0;
+    size_t written = 0;
+    for (size_t i = 0; i < view->num_parts && written == wanted; i++) {
+        wanted += view->parts[i].bytes;
+        written += fwrite(view->parts[i].data, 1, view->parts[i].bytes, stdout);
     }
-    return fflush(file) == 0 ? RK_OK : file_failed(path, "write", error);
+    return written == wanted && fflush(stdout) == 0
+               ? RK_OK
+               : file_failed("standard output", "write", error);
 }
 
 static enum rk_status file_write(const char *path, const struct rk_value_view *view,
                                  struct rk_error *error)
 {
+    struct cli_file *file = NULL;
     if (strcmp(path, "-") == 0) {
-        return view_write(stdout, "standard output", view, error);
+        return stdout_write(view, error);
     }
-    FILE *file = fopen(path, "wbe");
-    if (!file) {
-        return file_failed(path, "open", error);
+    enum rk_status status = cli_file_create(path, &file, error);
+    if (status != RK_OK) {
+        return status;
     }
-    enum rk_status status = view_write(file, path, view, error);
-    if (fclose(file) != 0 && status == RK_OK) {
-        status = file_failed(path, "write", error);
+    for (size_t i = 0; i < view->num_parts && status == RK_OK; i++) {
+        status = cli_file_write(file, view->parts[i].data, view->parts[i].bytes, error);
     }
-    return status;
+    if (status != RK_OK) {
+        cli_file_abort(file);
+        return status;
+    }
+    return cli_file_commit(file, error);
 }
 
 /* ---- What can be done ---- */
@@ -178,11 +184,15 @@ static int value_put(struct rk_values *values, const struct value_arguments *arg
         return cli_fail_error("value put", &error);
     }
     if (arguments->common.json) {
-        cli_print_json(json_pack("{s:s, s:I, s:b}", "key", arguments->words[0], "bytes",
-                                 (json_int_t)bytes, "existed", (int)put.existed));
+        json_t *object =
+            json_pack("{s:I, s:b}", "bytes", (json_int_t)bytes, "existed", (int)put.existed);
+        cli_json_set_string(object, "key", arguments->words[0]);
+        cli_print_json(object);
     } else {
         char text[32];
-        (void)printf("%s  %s%s\n", arguments->words[0], cli_bytes(bytes, text),
+        char key[CLI_SHOWN_BYTES];
+        (void)printf("%s  %s%s\n", cli_shown(arguments->words[0], key, sizeof(key)),
+                     cli_bytes(bytes, text),
                      put.existed ? "  (a value is there already, and stays as it is)" : "");
     }
     return CLI_OK;
@@ -194,6 +204,11 @@ static int value_get(struct rk_values *values, const struct value_arguments *arg
     struct rk_value_views views = {.views = NULL};
     const struct rk_value_key key = key_of(arguments->words[0]);
     const char *path = arguments->num_words > 1 ? arguments->words[1] : "-";
+    if (arguments->common.json && strcmp(path, "-") == 0) {
+        (void)cli_fail("value get: with --json the value needs a FILE, for standard output has "
+                       "the JSON");
+        return CLI_USAGE;
+    }
     enum rk_status status = rk_values_view(values, &key, 1, arguments->timeout_ms, &views, &error);
     if (status == RK_OK) {
         status = views.views[0].status;
@@ -202,8 +217,10 @@ static int value_get(struct rk_values *values, const struct value_arguments *arg
         status = file_write(path, &views.views[0], &error);
     }
     if (status == RK_OK && arguments->common.json && strcmp(path, "-") != 0) {
-        cli_print_json(json_pack("{s:s, s:I, s:s}", "key", arguments->words[0], "bytes",
-                                 (json_int_t)views.views[0].bytes, "path", views.path));
+        json_t *object =
+            json_pack("{s:I, s:s}", "bytes", (json_int_t)views.views[0].bytes, "path", views.path);
+        cli_json_set_string(object, "key", arguments->words[0]);
+        cli_print_json(object);
     }
     rk_values_release(values, &views);
     if (status != RK_OK) {
@@ -237,17 +254,21 @@ static int value_flags(struct rk_values *values, const struct value_arguments *a
         }
         status = call(values, keys, count, arguments->timeout_ms, flags, &error);
     }
-    json_t *rows = json_object();
+    json_t *rows = json_array();
     for (size_t i = 0; status == RK_OK && i < count; i++) {
         code = flags[i] ? code : CLI_FAIL;
         if (arguments->common.json) {
-            (void)json_object_set_new(rows, arguments->words[i], json_boolean(flags[i]));
+            json_t *row = json_pack("{s:b}", yes, (int)flags[i]);
+            cli_json_set_string(row, "key", arguments->words[i]);
+            (void)json_array_append_new(rows, row);
         } else {
-            (void)printf("%s  %s\n", arguments->words[i], flags[i] ? yes : no);
+            char key[CLI_SHOWN_BYTES];
+            (void)printf("%s  %s\n", cli_shown(arguments->words[i], key, sizeof(key)),
+                         flags[i] ? yes : no);
         }
     }
     if (status == RK_OK && arguments->common.json) {
-        cli_print_json(json_incref(rows));
+        cli_print_json(json_pack("{s:O}", "keys", rows));
     }
     json_decref(rows);
     rk_free(keys);
@@ -303,6 +324,7 @@ int cli_value(int argc, char **argv)
         (void)cli_fail_error("value", &error);
         return status == RK_ERR_INVALID ? CLI_USAGE : CLI_FAIL;
     }
+    cli_signals_end();
     int code = verb->run(values, &arguments);
     rk_values_destroy(values);
     return code;

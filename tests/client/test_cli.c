@@ -100,6 +100,11 @@ static void exit_codes_and_messages(void **state)
         {"generate --prompt x --temperature hot", 2, "--temperature"},
         {"generate --prompt x --fidelity 'A B'", 2, "A B"},
         {"generate --prompt x stray", 2, "stray"},
+        {"generate --prompt x --compare 'A B'", 2, "A B"},
+        {"tokenize a b", 2, "more than one text"},
+        {"tokenize", 1, "standard input: it is empty"},
+        {"tokenize $D/latin1.txt", 1, "not UTF-8"},
+        {"tokenize text", 1, "127.0.0.1:1 does not answer"},
         {"drop", 2, "no segment id given"},
         {"drop 12ab", 2, "12ab"},
         {"eval", 2, "no file given"},
@@ -140,8 +145,8 @@ static void exit_codes_and_messages(void **state)
     }
 }
 
-static const char *const commands[] = {"up",   "down", "put",   "generate", "status",
-                                       "drop", "eval", "value", "demo"};
+static const char *const commands[] = {"up",   "down",     "put",  "generate", "status",
+                                       "drop", "tokenize", "eval", "value",    "demo"};
 static const char *const daemons[] = {"redknot-coordinator", "redknot-kvstore", "redknot-worker"};
 
 /* "  -m, --model=FILE ..." says that m is --model. */

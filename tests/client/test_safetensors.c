@@ -31,6 +31,17 @@ static int make_path(void **state)
     return unlink(path);
 }
 
+/* The file takes its name by a rename: a device would be gone. */
+static void devices_are_spared(void **state)
+{
+    (void)state;
+    struct safetensors *writer = NULL;
+    struct rk_error error = {.status = RK_OK};
+    assert_int_equal(safetensors_create("/dev/null", entries, 2, &writer, &error), RK_ERR_INVALID);
+    assert_non_null(strstr(error.text, "/dev/null: it is there, and no regular file"));
+    assert_int_not_equal(access("/dev/null.partial", F_OK), 0);
+}
+
 static void reads_back(void **state)
 {
     (void)state;
@@ -93,7 +104,8 @@ static void leaves_nothing_half_written(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(reads_back),
+    const struct CMUnitTest tests[] = {cmocka_unit_test(devices_are_spared),
+                                       cmocka_unit_test(reads_back),
                                        cmocka_unit_test(leaves_nothing_half_written)};
     return cmocka_run_group_tests(tests, make_path, NULL);
 }

@@ -611,6 +611,37 @@ static enum rk_status score_event(void *context, const struct scheduler_event *e
     return rk_rpc_call_send(running->call, &reply.base);
 }
 
+/* Segments and prompt; with the chat template they are those of the same request to Generate. */
+static enum rk_status score_inputs(struct session *session,
+                                   const Redknot__V1__ScoreRequest *request, struct rk_error *error)
+{
+    Redknot__V1__GenerateRequest generate = REDKNOT__V1__GENERATE_REQUEST__INIT;
+    bool chat = request->chat && tokenizer_has_chat(session->api->options.tokenizer);
+    generate.system = request->system;
+    generate.prompt = request->prompt;
+    generate.n_segments = request->n_segments;
+    enum rk_status status = chat ? add_chat(session, &generate, error) : RK_OK;
+    if (status == RK_OK) {
+        status = add_inputs(session, request->segments, request->n_segments, error);
+    }
+    return status == RK_OK ? generate_prompt(session, &generate, chat, error) : status;
+}
+
+/* The last one is never fed to the model, which would refuse it. */
+static enum rk_status check_forced(const struct api *api, const struct tokenizer_ids *forced,
+                                   struct rk_error *error)
+{
+    uint32_t vocab = engine_vocab_size(api->options.engine);
+    for (size_t i = 0; i < forced->count; i++) {
+        if (forced->data[i] < 0 || (uint32_t)forced->data[i] >= vocab) {
+            return rk_error_set(error, RK_ERR_INVALID,
+                                "continuation: token id %d is outside the vocabulary of %u",
+                                forced->data[i], vocab);
+        }
+    }
+    return RK_OK;
+}
+
 static enum rk_status score(struct api *api, struct rk_rpc_call *call,
                             const Redknot__V1__ScoreRequest *request, struct session *session,
                             struct rk_error *error)
@@ -618,7 +649,6 @@ static enum rk_status score(struct api *api, struct rk_rpc_call *call,
     struct running running = {.api = api, .call = call};
     struct session_run run = {
         .on_event = score_event, .context = &running, .sampler = {.top_p = 1}};
-    struct tokenizer_ids prompt = {0};
     struct tokenizer_ids forced = {0};
     uint32_t room = 0;
     enum rk_status status = find_level(request->level, &session->level, error);
@@ -626,16 +656,13 @@ static enum rk_status score(struct api *api, struct rk_rpc_call *call,
         status = rk_error_set(error, RK_ERR_INVALID, "a prompt and a continuation are needed");
     }
     if (status == RK_OK) {
-        status = add_inputs(session, request->segments, request->n_segments, error);
-    }
-    if (status == RK_OK) {
-        status = input_tokens(api, request->prompt, "prompt", &prompt, error);
-    }
-    if (status == RK_OK) {
-        status = take_prompt(session, &prompt, 1, error);
+        status = score_inputs(session, request, error);
     }
     if (status == RK_OK) {
         status = input_tokens(api, request->continuation, "continuation", &forced, error);
+    }
+    if (status == RK_OK) {
+        status = check_forced(api, &forced, error);
     }
     if (status == RK_OK) {
         status = context_room(session, UINT32_MAX, &room, error);
@@ -655,7 +682,6 @@ static enum rk_status score(struct api *api, struct rk_rpc_call *call,
     }
     scheduler_job_release(session->job); /* It borrows the continuation. */
     session->job = NULL;
-    rk_free(prompt.data);
     rk_free(forced.data);
     return status;
 }
