@@ -56,6 +56,9 @@ void kernels_destroy(struct kernels *kernels); /* accepts NULL */
 enum kernels_mode kernels_mode(const struct kernels *kernels);
 uint32_t kernels_threads(const struct kernels *kernels);
 const char *kernels_isa_name(const struct kernels *kernels);
+/* Which code does the arithmetic: mode, attention, rows, products with the library's version and
+ * the instruction set that it keeps to. Two objects whose texts differ may differ in any bit. */
+const char *kernels_numeric_path(const struct kernels *kernels);
 /* Best mode that is fast on this CPU: BF16 with AVX-512 BF16 or AMX, else F32. */
 enum kernels_mode kernels_mode_default(void);
 /* Can this CPU run that path? */

@@ -245,6 +245,7 @@ struct worker {
     struct rk_metrics_server *metrics;
     struct api_membership *membership;
     struct rk_id fingerprint;
+    struct rk_id numeric_path;
     uint64_t incarnation;
     char *node_id;
     char address[RK_ADDRESS_BYTES];
@@ -284,6 +285,9 @@ static enum rk_status load_model(struct worker *worker, const struct arguments *
     if (status == RK_OK) {
         status = engine_create(model, &options, &worker->engine, error);
     }
+    if (status == RK_OK) {
+        status = engine_numeric_path(worker->engine, &worker->numeric_path, error);
+    }
     if (status == RK_OK && arguments->head_map) {
         const struct model_config *config = model_config(model);
         status = recovery_head_map_load(arguments->head_map, config->num_layers,
@@ -291,9 +295,13 @@ static enum rk_status load_model(struct worker *worker, const struct arguments *
     }
     model_close(model);
     if (status == RK_OK) {
-        RK_LOG_INFO("model_loaded", "model=%q file=%q mode=%s attention=%s seconds=%.3f",
-                    worker->model_name, arguments->model, modes[mode],
-                    engine_isa_name(worker->engine), (double)(rk_clock_ns() - begin) * 1e-9);
+        char id[RK_ID_HEX_BYTES];
+        rk_id_to_hex(&worker->numeric_path, id);
+        RK_LOG_INFO(
+            "model_loaded",
+            "model=%q file=%q mode=%s attention=%s numeric_path=%.16s arithmetic=%q seconds=%.3f",
+            worker->model_name, arguments->model, modes[mode], engine_isa_name(worker->engine), id,
+            engine_numeric_path_name(worker->engine), (double)(rk_clock_ns() - begin) * 1e-9);
     }
     return status;
 }
@@ -330,6 +338,7 @@ static enum rk_status start_serving(struct worker *worker, const struct argument
         .model_name = worker->model_name,
         .incarnation = worker->incarnation,
         .fingerprint = worker->fingerprint,
+        .numeric_path = worker->numeric_path,
         .engine = worker->engine,
         .mode = worker->mode == KERNELS_BF16 ? "bf16" : "f32",
         .threads = arguments->threads,

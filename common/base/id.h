@@ -2,10 +2,11 @@
  * id: names of segments, chains and models.
  *
  * Segment id:  SHA-256 over ("redknot.segment.v1", salt, fingerprint, token ids).
- * Chain id:    the KV of a segment computed behind others. The chain of one
- *              segment at position 0 is that segment alone, so its chain id is
- *              its segment id; longer chains: SHA-256 over ("redknot.chain.v1",
- *              chain id of the part before, segment id).
+ * Chain id:    exact KV of a segment behind others: SHA-256 over
+ *              ("redknot.chain.v1", chain id of the part before, segment id).
+ *              A chain begins at the numeric path that computed it (the part
+ *              before the first segment), so chains of workers whose bits may
+ *              differ are different chains.
  * Value id:    SHA-256 over ("redknot.value.v1", key).
  * Every field is hashed with its length, little endian, so none can run into
  * the next. All pure, any thread.
@@ -26,7 +27,7 @@ struct rk_id {
 
 struct rk_id rk_id_segment(const void *salt, size_t salt_bytes, const struct rk_id *fingerprint,
                            const int32_t *token_ids, size_t num_tokens);
-/* parent NULL: the segment stands at position 0, the result is its own id. */
+/* parent NULL: no path and no part before; the result is the segment's own id. */
 struct rk_id rk_id_chain(const struct rk_id *parent, const struct rk_id *segment);
 /* key_bytes at most RK_VALUE_KEY_BYTES_MAX (value.h). */
 struct rk_id rk_id_value(const void *key, size_t key_bytes);

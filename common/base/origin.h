@@ -3,7 +3,8 @@
  *
  * KV of a segment alone depends on that segment only; KV of a chain depends on all segments before
  * it, too, and its id (common/base/id.h) is a hash that does not say of which. The origin says so,
- * and tells tenants apart without telling their salts.
+ * and tells tenants apart without telling their salts. It also names the arithmetic that computed
+ * the KV (the worker's numeric path): only who does the same may take it for exact.
  *
  * Threads: pure.
  */
@@ -24,8 +25,10 @@ struct rk_salt_tag {
 
 struct rk_origin {       /* zeroed: not known */
     struct rk_id alone;  /* id of the segment alone */
-    struct rk_id parent; /* id of the chain that it continues; zero: it is at position 0 */
+    struct rk_id parent; /* what it continues: a chain, the first segment, or, at position 0 and
+                            under an id of its own path, that path; zero: it is the segment alone */
     struct rk_salt_tag salt_tag;
+    struct rk_id numeric_path; /* the arithmetic that computed it; zero: not known */
 };
 
 /* The first bytes of SHA-256 over ("redknot.salt.v1", salt); also of no salt. */

@@ -41,6 +41,8 @@ enum rk_remedy {
     X(RK_MISS_DEADLINE, "MISS_DEADLINE", "the fetch did not end in time", COMPUTE)                 \
     X(RK_MISS_TENANT, "MISS_TENANT", "stored by another tenant", COMPUTE)                          \
     X(RK_MISS_FINGERPRINT, "MISS_FINGERPRINT", "stored by another model or KV layout", COMPUTE)    \
+    X(RK_MISS_NUMERIC_PATH, "MISS_NUMERIC_PATH", "computed by another arithmetic, not exact here", \
+      COMPUTE)                                                                                     \
     X(RK_ERR_NO_MEMORY, "NO_MEMORY", "out of memory", RETRY)                                       \
     X(RK_ERR_FULL, "FULL", "a configured maximum is reached", RETRY)                               \
     X(RK_ERR_BUSY, "BUSY", "in use, try again", RETRY)                                             \

@@ -30,6 +30,7 @@ typedef void (*kernels_task)(void *context, uint32_t task, uint32_t worker);
 
 /* One build of elementwise.c for one instruction set. All work on whole rows. */
 struct elementwise_ops {
+    const char *name;
     void (*rms_norm)(const float *x, const float *weight, uint32_t width, float epsilon, float *y);
     void (*silu_mul)(float *gate, const float *up, size_t count);
     void (*add)(float *x, const float *y, size_t count);
@@ -63,6 +64,7 @@ struct kernels {
     size_t inputs_bytes;
     uint8_t *scratch; /* [threads][scratch_bytes], 64-byte aligned */
     size_t scratch_bytes;
+    char numeric_path[160];
 };
 
 /* One call of a path that works in tiles of rows. */
@@ -96,6 +98,8 @@ struct kernels_matrix {
 enum rk_status matmul_create(struct kernels *kernels, struct matmul **ret_matmul,
                              struct rk_error *error);
 void matmul_destroy(struct matmul *matmul); /* accepts NULL */
+/* Its version and the instruction set that it keeps to on this CPU. */
+void matmul_onednn_describe(char *ret_text, size_t bytes);
 enum rk_status matmul_onednn_init(struct kernels_matrix *matrix, const float *w,
                                   struct rk_error *error);
 void matmul_onednn_clear(struct kernels_matrix *matrix); /* all but data */

@@ -11,6 +11,7 @@
 #include <cpuid.h>
 #include <omp.h>
 #include <sched.h>
+#include <stdio.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -164,6 +165,16 @@ static enum rk_status choose_checked_path(struct kernels *kernels, bool automati
     return RK_OK;
 }
 
+static void describe(struct kernels *kernels)
+{
+    char library[80];
+    matmul_onednn_describe(library, sizeof(library));
+    (void)snprintf(kernels->numeric_path, sizeof(kernels->numeric_path),
+                   "%s attention=%s rows=%s products=%s",
+                   kernels->mode == KERNELS_BF16 ? "bf16" : "f32", isas[kernels->isa].name,
+                   kernels->ops->name, kernels->matmul_ops ? kernels->matmul_ops->name : library);
+}
+
 enum rk_status kernels_create(const struct kernels_options *options, struct kernels **ret_kernels,
                               struct rk_error *error)
 {
@@ -204,6 +215,7 @@ enum rk_status kernels_create(const struct kernels_options *options, struct kern
             goto fail;
         }
     }
+    describe(kernels);
     *ret_kernels = kernels;
     return RK_OK;
 
@@ -236,6 +248,11 @@ uint32_t kernels_threads(const struct kernels *kernels)
 const char *kernels_isa_name(const struct kernels *kernels)
 {
     return isas[kernels->isa].name;
+}
+
+const char *kernels_numeric_path(const struct kernels *kernels)
+{
+    return kernels->numeric_path;
 }
 
 /* Rows of one elementwise task: few enough to share, enough to pay for the start. */

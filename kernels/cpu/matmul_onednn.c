@@ -14,7 +14,9 @@
 #include "kernels/cpu/cpu_internal.h"
 
 #include <dnnl.h>
+#include <dnnl_debug.h>
 #include <omp.h>
+#include <stdio.h>
 
 #define ALIGNMENT 64
 static const uint32_t sizes[] = {1, 2, 4, 8, 16, 32, 64, 128, KERNELS_ROWS_MAX};
@@ -85,6 +87,14 @@ enum rk_status matmul_create(struct kernels *kernels, struct matmul **ret_matmul
     }
     *ret_matmul = matmul;
     return RK_OK;
+}
+
+void matmul_onednn_describe(char *ret_text, size_t bytes)
+{
+    const dnnl_version_t *version = dnnl_version();
+    (void)snprintf(ret_text, bytes, "oneDNN-%d.%d.%d-%.8s/%s", version->major, version->minor,
+                   version->patch, version->hash ? version->hash : "",
+                   dnnl_cpu_isa2str(dnnl_get_effective_cpu_isa()));
 }
 
 static void product_clear(struct product *product)

@@ -178,6 +178,7 @@ static void define_worker(struct cluster *cluster, const struct cluster_options 
         process_arguments(worker, "--path", options->path, NULL);
     }
     process_more(worker, options->worker_args);
+    process_more(worker, options->args_of_worker[index]);
 }
 
 static void define_store(struct cluster *cluster, const struct cluster_options *options,

@@ -57,6 +57,7 @@ struct cluster_options {
     /* More options for each; the list ends with NULL. NULL: none. */
     const char *const *store_args;
     const char *const *worker_args;
+    const char *const *args_of_worker[CLUSTER_WORKERS_MAX]; /* of that one only */
 };
 
 void cluster_start(struct cluster *cluster, const struct cluster_options *options);

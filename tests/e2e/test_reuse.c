@@ -1,7 +1,8 @@
 /*
  * Goal:   reuse is right on a whole cluster: `exact` with a warm cache is bit-equal to computing
  *         without one, on any worker; `fast` reuses segments in another order; reports tell the
- *         truth about what was reused, fetched and by which path.
+ *         truth about what was reused, fetched and by which path. Workers with different arithmetic
+ *         share nothing at `exact`.
  * Method: real processes; random requests over golden texts (printed seed), scored and generated
  *         at `full` without publishing and at `exact`, compared byte by byte.
  */
@@ -310,6 +311,95 @@ static void dropped_segments_are_computed(void **unused)
     cluster_stop(&cluster);
 }
 
+static void expect_rows_equal(const struct rows *a, const struct rows *b, const char *what)
+{
+    assert_int_equal(a->vocab, b->vocab);
+    if (memcmp(a->data, b->data, FORCED * a->vocab * sizeof(float)) != 0) {
+        fail_msg("%s (seed %llu): log-probabilities differ", what, (unsigned long long)seed);
+    }
+}
+
+/* One worker computes with AVX2, the other with the best that the CPU has: what the first one
+ * published is not exact for the second one, which says so and computes; `fast` shares it. */
+static void exact_keeps_to_its_own_arithmetic(void **unused)
+{
+    (void)unused;
+    static const char *const avx2[] = {"--isa", "avx2", NULL};
+    static const char *const reference[] = {"--isa", "reference", NULL};
+    static struct library library;
+    struct cluster cluster;
+    struct cluster_options options = {.num_workers = 2};
+    struct rk_segment_input segments[2];
+    struct rows rows[2];
+    struct rk_report report = {0};
+    struct answer answer;
+    uint64_t state = seed + 3;
+    bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avx512f");
+    options.args_of_worker[0] = has_avx2 ? avx2 : reference;
+    cluster_start(&cluster, &options);
+    struct rk_client *clients[2] = {cluster_client(&cluster, 0), cluster_client(&cluster, 1)};
+    for (int i = 0; i < LIBRARY; i++) {
+        library.count[i] = TOKENS_MAX;
+        documents_cut(&state, TOKENS_MAX, library.ids[i]);
+    }
+    for (int i = 0; i < 2; i++) {
+        segments[i] =
+            (struct rk_segment_input){.token_ids = library.ids[i], .num_tokens = TOKENS_MAX};
+    }
+    struct rk_generate_request generate = {
+        .segments = segments,
+        .num_segments = 2,
+        .prompt = {.token_ids = library.ids[5], .num_tokens = 10},
+        .level = "exact",
+        .max_tokens = GENERATED,
+        .raw = true,
+        .ignore_eos = true};
+    struct rk_score_request score = {
+        .segments = segments,
+        .num_segments = 2,
+        .prompt = generate.prompt,
+        .continuation = {.token_ids = library.ids[6], .num_tokens = FORCED}};
+
+    ask(clients[0], &generate, &answer); /* Publishes the first one's chain. */
+    assert_int_equal(answer.status, RK_OK);
+    answer_clear(&answer);
+    score_rows(clients[1], &score, "full", &rows[0], &report);
+    rk_report_clear(&report);
+    for (int turn = 0; turn < 2; turn++) {
+        score_rows(clients[1], &score, "exact", &rows[1], &report);
+        expect_rows_equal(&rows[0], &rows[1], turn == 0 ? "a foreign chain" : "its own chain");
+        assert_string_equal(report.segments[0].source, turn == 0 ? "compute" : "chain");
+        assert_string_equal(report.segments[0].miss, turn == 0 ? "MISS_NUMERIC_PATH" : "");
+        assert_int_equal(report.tokens_reused, turn == 0 ? 0 : 2 * TOKENS_MAX);
+        free(rows[1].data);
+        rk_report_clear(&report);
+        ask(clients[1], &generate, &answer); /* Publishes its own. */
+        assert_int_equal(answer.status, RK_OK);
+        answer_clear(&answer);
+    }
+    generate.level = "fast";
+    for (int i = 0; i < 2; i++) {
+        ask(clients[i], &generate, &answer);
+        assert_int_equal(answer.report.tokens_reused, 2 * TOKENS_MAX);
+        answer_clear(&answer);
+    }
+    /* Another order: all that the second one may have is what the first one computed alone. */
+    segments[0] = (struct rk_segment_input){.token_ids = library.ids[2], .num_tokens = 50};
+    segments[1] = (struct rk_segment_input){.token_ids = library.ids[0], .num_tokens = TOKENS_MAX};
+    ask(clients[1], &generate, &answer);
+    assert_string_equal(answer.report.segments[1].source, "segment");
+    struct rk_drop_query query = {.ids = &answer.report.segments[1].segment_id, .num_ids = 1};
+    struct rk_drop_result dropped;
+    assert_int_equal(rk_client_drop_query(clients[0], &query, &dropped, NULL), RK_OK);
+    assert_int_equal(dropped.dropped, 1);
+    assert_int_equal(dropped.chains, 3); /* one of the first one's, two of the second one's */
+    answer_clear(&answer);
+    free(rows[0].data);
+    rk_client_destroy(clients[0]);
+    rk_client_destroy(clients[1]);
+    cluster_stop(&cluster);
+}
+
 int main(void)
 {
     const char *given = getenv("REDKNOT_TEST_SEED");
@@ -321,6 +411,7 @@ int main(void)
         cmocka_unit_test(exact_equals_full_over_ucx),
         cmocka_unit_test(fast_reuses_in_another_order),
         cmocka_unit_test(dropped_segments_are_computed),
+        cmocka_unit_test(exact_keeps_to_its_own_arithmetic),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

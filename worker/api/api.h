@@ -46,6 +46,7 @@ struct api_options {
     const char *model_name;
     uint64_t incarnation;
     struct rk_id fingerprint;
+    struct rk_id numeric_path;   /* of engine: engine_numeric_path() */
     const struct engine *engine; /* for its shape; its thread is the scheduler's */
     const char *mode;            /* "bf16" or "f32" */
     uint32_t threads;

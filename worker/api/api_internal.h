@@ -52,6 +52,7 @@ struct session_segment {
     struct rk_kv_location in_chain;
     struct rk_kv_location alone;
     enum rk_status miss;
+    bool foreign; /* the first one only: alone, it was computed by another numeric path */
 };
 
 struct session {

@@ -5,6 +5,15 @@
 #include "common/base/hash.h"
 #include "common/base/log.h"
 
+/* What a chain continues. Its second segment continues the first one, under whose own name a drop
+ * looks for it; its first one continues nothing but the arithmetic. */
+static const struct rk_id *parent_of(const struct session *session, uint32_t segment)
+{
+    return segment == 0   ? &session->api->options.numeric_path
+           : segment == 1 ? &session->segments[0].id
+                          : &session->segments[segment - 1].chain_id;
+}
+
 enum rk_status session_store(struct session *session, uint32_t segment, const struct rk_id *id,
                              const struct rk_until *until, uint64_t *ret_bytes,
                              struct rk_error *error)
@@ -31,12 +40,14 @@ enum rk_status session_store(struct session *session, uint32_t segment, const st
         .num_tokens = s->num_tokens,
         .token_ids = s->token_ids,
         .label = s->label,
-        .origin = {.alone = s->id, .salt_tag = rk_salt_tag(session->salt, session->salt_bytes)},
+        .origin = {.alone = s->id,
+                   .salt_tag = rk_salt_tag(session->salt, session->salt_bytes),
+                   .numeric_path = api->options.numeric_path},
         .pages = pages,
         .checksums = checksums,
     };
-    if (segment > 0 && !rk_id_equal(id, &s->id)) {
-        put.origin.parent = session->segments[segment - 1].chain_id;
+    if (!rk_id_equal(id, &s->id)) {
+        put.origin.parent = *parent_of(session, segment);
     }
     status = api->kv->put(api->options.kv, &put, until, NULL, error);
     if (status == RK_OK) {
@@ -60,7 +71,10 @@ static const struct rk_id *storable(const struct session *session, uint32_t i, b
     if (source == RECOVERY_COMPUTE_ALONE) {
         id = &session->segments[i].id;
     } else if (source == RECOVERY_COMPUTE && *exact) {
-        id = &session->segments[i].chain_id;
+        /* The first one is alone and in place at once: it takes its own id, unless KV of another
+         * arithmetic has that already. */
+        id = i == 0 && !session->segments[0].foreign ? &session->segments[0].id
+                                                     : &session->segments[i].chain_id;
     }
     *exact = *exact && (source == RECOVERY_CHAIN || source == RECOVERY_COMPUTE);
     return id;

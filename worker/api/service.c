@@ -814,6 +814,9 @@ static enum rk_status handle_status(struct rk_rpc_call *call, void *context, str
     scheduler_load(options->scheduler, &load);
     reply.requests_active = load.active;
     reply.requests_queued = load.queued + admission_waiting(api->admission);
+    reply.numeric_path = (char *)engine_numeric_path_name(options->engine);
+    reply.numeric_path_id.data = (uint8_t *)options->numeric_path.bytes;
+    reply.numeric_path_id.len = sizeof(options->numeric_path.bytes);
     reply.version = (char *)REDKNOT_VERSION;
     reply.cluster_id = (char *)rk_service_cluster();
     reply.pid = (uint32_t)getpid();

@@ -150,8 +150,9 @@ enum rk_status session_add_segment(struct session *session, int32_t *token_ids, 
                                         .label = label && label[0] ? rk_alloc_string(label) : NULL};
     segment->id = rk_id_segment(session->salt, session->salt_bytes,
                                 &session->api->options.fingerprint, token_ids, num_tokens);
-    segment->chain_id =
-        rk_id_chain(index > 0 ? &session->segments[index - 1].chain_id : NULL, &segment->id);
+    segment->chain_id = rk_id_chain(index > 0 ? &session->segments[index - 1].chain_id
+                                              : &session->api->options.numeric_path,
+                                    &segment->id);
     return RK_OK;
 }
 
@@ -217,6 +218,19 @@ bool session_segment_stored(struct session *session)
 
 /* ---- Locate and plan ---- */
 
+/* Alone at position 0 is in place, so the first segment alone is exact if our own arithmetic
+ * computed it. */
+static void judge_first(struct session *session)
+{
+    struct session_segment *first = &session->segments[0];
+    first->foreign =
+        first->alone.status == RK_OK &&
+        !rk_id_equal(&first->alone.origin.numeric_path, &session->api->options.numeric_path);
+    if (!session->level->reuse_segments && first->in_chain.status != RK_OK) {
+        first->miss = first->foreign ? RK_MISS_NUMERIC_PATH : first->alone.status;
+    }
+}
+
 /* One batched question for all that this level may reuse. */
 enum rk_status session_locate_all(struct session *session, struct rk_error *error)
 {
@@ -225,7 +239,8 @@ enum rk_status session_locate_all(struct session *session, struct rk_error *erro
     if (count == 0 || !session->level->reuse_chain) {
         return RK_OK;
     }
-    size_t total = alone ? (size_t)2 * count : count;
+    uint32_t num_alone = alone ? count : 1; /* The first one may be exact. */
+    size_t total = (size_t)count + num_alone;
     struct rk_id *ids = rk_alloc_zero(total, sizeof(*ids));
     struct rk_kv_location *locations = rk_alloc_zero(total, sizeof(*locations));
     enum rk_status status = RK_ERR_NO_MEMORY;
@@ -235,7 +250,7 @@ enum rk_status session_locate_all(struct session *session, struct rk_error *erro
     }
     for (uint32_t i = 0; i < count; i++) {
         ids[i] = session->segments[i].chain_id;
-        if (alone) {
+        if (i < num_alone) {
             ids[count + i] = session->segments[i].id;
         }
     }
@@ -246,10 +261,15 @@ enum rk_status session_locate_all(struct session *session, struct rk_error *erro
     for (uint32_t i = 0; status == RK_OK && i < count; i++) {
         session->segments[i].in_chain = locations[i];
         session->segments[i].miss = locations[i].status;
-        if (alone) {
+        if (i < num_alone) {
             session->segments[i].alone = locations[count + i];
+        }
+        if (alone) {
             session->segments[i].miss = locations[count + i].status;
         }
+    }
+    if (status == RK_OK) {
+        judge_first(session);
     }
 done:
     rk_free(ids);
@@ -276,6 +296,11 @@ enum rk_status session_plan(struct session *session, uint32_t tokens_ahead, stru
             .in_chain = usable(&segment->in_chain, segment->num_tokens),
             .alone = usable(&segment->alone, segment->num_tokens),
         };
+    }
+    if (session->num_segments > 0 && segments[0].alone) {
+        bool foreign = session->segments[0].foreign;
+        segments[0].in_chain |= !foreign;
+        segments[0].alone = !foreign || session->level->reuse_segments;
     }
     recovery_plan_free(&session->plan);
     enum rk_status status = recovery_plan_make(

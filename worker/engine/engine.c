@@ -363,6 +363,11 @@ const char *engine_isa_name(const struct engine *engine)
     return kernels_isa_name(engine->kernels);
 }
 
+const char *engine_numeric_path_name(const struct engine *engine)
+{
+    return kernels_numeric_path(engine->kernels);
+}
+
 uint64_t engine_pool_pages(const struct engine *engine)
 {
     return engine->pool.num_pages;

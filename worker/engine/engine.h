@@ -19,6 +19,7 @@
 #ifndef WORKER_ENGINE_ENGINE_H
 #define WORKER_ENGINE_ENGINE_H
 
+#include "common/base/id.h"
 #include "common/base/kv_layout.h"
 #include "common/base/status.h"
 #include "kernels/kernels.h"
@@ -46,6 +47,19 @@ void engine_layout(const struct engine *engine, struct rk_kv_layout *ret_layout)
 uint32_t engine_context_tokens(const struct engine *engine);
 uint32_t engine_vocab_size(const struct engine *engine);
 const char *engine_isa_name(const struct engine *engine);
+/*
+ * Which arithmetic this engine does, for people (engine_numeric_path_name) and to compare
+ * (engine_numeric_path). Engines of one model with equal ids give equal bits: the id hashes what
+ * the code is (attention path, products with the library's version and instruction set, compiler,
+ * libc) and what it computes: the bits of a short forward pass, so that what no name tells, such as
+ * a choice that depends on the number of threads, counts too. KV is exact only for its own path.
+ *
+ * Call engine_numeric_path on the owner's thread while no sequence exists; it computes some 80
+ * tokens. RK_ERR_CORRUPT: the model's logits are not finite numbers. Allocates.
+ */
+const char *engine_numeric_path_name(const struct engine *engine);
+RK_MUST_CHECK enum rk_status engine_numeric_path(struct engine *engine, struct rk_id *ret_id,
+                                                 struct rk_error *error);
 uint64_t engine_pool_pages(const struct engine *engine);
 uint64_t engine_pool_pages_used(const struct engine *engine);
 /* Pool pages that num_tokens own tokens take at most, over all layers and heads. */

@@ -14,7 +14,8 @@
  * Further levels (high, balanced) join as rows of the same table.
  *
  * A segment that is to be had alone and stands at position 0 is a chain of one: it is exact, is
- * reused by "exact" too (source RECOVERY_SEGMENT), and nothing of it is computed again.
+ * reused by "exact" too (source RECOVERY_SEGMENT), and nothing of it is computed again. It is the
+ * caller's to know that what is to be had was computed by the same arithmetic (numeric path).
  *
  * Pure: no I/O, no clock; any thread.
  * Errors: RK_ERR_INVALID for an empty segment, RK_ERR_TOO_LONG above the limits below.

@@ -68,11 +68,88 @@ static void options_are_checked(void **state)
     model_close(model);
 }
 
+static struct rk_id path_of(const struct model *model, enum kernels_mode mode, enum kernels_isa isa,
+                            uint32_t threads)
+{
+    const struct engine_options options = {.mode = mode, .isa = isa, .threads = threads};
+    struct engine *engine = NULL;
+    struct rk_error error = {0};
+    struct rk_id ids[2];
+    assert_int_equal(engine_create(model, &options, &engine, &error), RK_OK);
+    for (int i = 0; i < 2; i++) {
+        if (engine_numeric_path(engine, &ids[i], &error) != RK_OK) {
+            fail_msg("%s", error.text);
+        }
+    }
+    assert_true(rk_id_equal(&ids[0], &ids[1]));
+    assert_int_equal(engine_pool_pages_used(engine), 0);
+    assert_non_null(strstr(engine_numeric_path_name(engine), engine_isa_name(engine)));
+    engine_destroy(engine);
+    return ids[0];
+}
+
+/* Equal options give equal ids; another mode, another attention path or other weights do not. */
+static void arithmetics_are_told_apart(void **state)
+{
+    struct model *model = tiny_model(true);
+    struct model *other = tiny_model(false);
+    struct rk_id ids[2 * KERNELS_ISA_AMX + 1];
+    uint32_t count = 0;
+    (void)state;
+
+    for (int mode = KERNELS_F32; mode <= KERNELS_BF16; mode++) {
+        for (int isa = KERNELS_ISA_REFERENCE; isa <= KERNELS_ISA_AMX; isa++) {
+            bool bf16_only = isa >= KERNELS_ISA_AVX512_BF16;
+            if (!kernels_isa_supported((enum kernels_isa)isa) ||
+                (bf16_only && mode != KERNELS_BF16)) {
+                continue;
+            }
+            ids[count] = path_of(model, (enum kernels_mode)mode, (enum kernels_isa)isa, 1);
+            struct rk_id again = path_of(model, (enum kernels_mode)mode, (enum kernels_isa)isa, 2);
+            assert_true(rk_id_equal(&ids[count], &again));
+            count++;
+        }
+    }
+    ids[count++] = path_of(other, KERNELS_F32, KERNELS_ISA_REFERENCE, 1);
+    for (uint32_t i = 0; i < count; i++) {
+        for (uint32_t j = 0; j < i; j++) {
+            assert_false(rk_id_equal(&ids[i], &ids[j]));
+        }
+    }
+    model_close(model);
+    model_close(other);
+}
+
+static void a_probe_survives_failed_allocations(void **state)
+{
+    struct model *model = tiny_model(true);
+    struct engine *engine = tiny_engine(model, KERNELS_F32, 1);
+    enum rk_status status = RK_ERR_NO_MEMORY;
+    struct rk_id id;
+    int failures = 0;
+    (void)state;
+
+    for (; status != RK_OK; failures++) {
+        struct rk_error error = {0};
+        rk_alloc_fail_after(failures);
+        status = engine_numeric_path(engine, &id, &error);
+        assert_true(status == RK_OK || status == RK_ERR_NO_MEMORY);
+        assert_int_equal(error.text[0] != '\0', status != RK_OK);
+        assert_int_equal(engine_pool_pages_used(engine), 0);
+    }
+    rk_alloc_fail_after(-1);
+    assert_true(failures > 3);
+    engine_destroy(engine);
+    model_close(model);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(survives_failed_allocations),
         cmocka_unit_test(options_are_checked),
+        cmocka_unit_test(arithmetics_are_told_apart),
+        cmocka_unit_test(a_probe_survives_failed_allocations),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
