@@ -236,6 +236,7 @@ static void sweep(struct coordinator *coordinator)
     rk_metric_set(metrics->metadata_bytes, metadata_bytes);
     rk_metric_set(metrics->metadata_ratio, kv_bytes > 0 ? metadata_bytes / kv_bytes : 0);
     (void)pthread_mutex_lock(&coordinator->write_lock);
+    (void)coordinator->ops->tend(coordinator->metadata);
     /* Usually nothing: each call flushes its own. What a full disk refused is tried again. */
     status = coordinator_flush(coordinator, false, &error);
     (void)pthread_mutex_unlock(&coordinator->write_lock);

@@ -93,6 +93,8 @@ RK_MUST_CHECK enum rk_status coordinator_load(struct coordinator *coordinator,
 /* Writes what the index journalled. Under write_lock, without index_lock. */
 RK_MUST_CHECK enum rk_status coordinator_flush(struct coordinator *coordinator, bool synced,
                                                struct rk_error *error);
+/* The same for what need not be durable: what the disk refuses, the sweeper tries again. */
+void coordinator_flush_later(struct coordinator *coordinator);
 RK_MUST_CHECK enum rk_status coordinator_next_generation(struct coordinator *coordinator,
                                                          uint64_t *ret_generation,
                                                          struct rk_error *error);

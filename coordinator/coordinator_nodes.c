@@ -55,9 +55,15 @@ enum rk_status coordinator_register(struct coordinator *coordinator, struct aren
         return out_of_memory(error);
     }
     (void)pthread_mutex_lock(&coordinator->write_lock);
-    /* On disk first: after a restart of ours, a heartbeat alone then brings it back. */
+    /* On disk first: after a restart of ours, a heartbeat alone then brings it back. A disk that is
+     * full keeps nobody out: then it has to register again. */
     if (info->role == REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE) {
         status = coordinator_save_node(coordinator, info, error);
+        if (status != RK_OK && status != RK_ERR_NO_MEMORY) {
+            RK_LOG_WARN("node_not_saved", "node=%q reason=%q", info->node_id,
+                        error == NULL ? "" : error->text);
+            status = RK_OK;
+        }
     }
     if (status == RK_OK) {
         (void)pthread_mutex_lock(&coordinator->index_lock);
@@ -70,7 +76,7 @@ enum rk_status coordinator_register(struct coordinator *coordinator, struct aren
         }
     }
     if (status == RK_OK) {
-        status = coordinator_flush(coordinator, false, error);
+        coordinator_flush_later(coordinator);
     }
     (void)pthread_mutex_unlock(&coordinator->write_lock);
     if (status != RK_OK) {
@@ -146,7 +152,7 @@ enum rk_status coordinator_heartbeat(struct coordinator *coordinator, struct are
     (void)pthread_mutex_unlock(&coordinator->index_lock);
     if (changed) {
         (void)pthread_mutex_lock(&coordinator->write_lock);
-        status = coordinator_flush(coordinator, false, error);
+        coordinator_flush_later(coordinator); /* It was heard: it need not tell it again. */
         (void)pthread_mutex_unlock(&coordinator->write_lock);
     }
     *ret_reply = &reply->base;

@@ -529,6 +529,15 @@ enum rk_status coordinator_flush(struct coordinator *coordinator, bool synced,
     return status;
 }
 
+void coordinator_flush_later(struct coordinator *coordinator)
+{
+    struct rk_error error = {0};
+
+    if (coordinator_flush(coordinator, false, &error) != RK_OK) {
+        RK_LOG_DEBUG("metadata_behind", "reason=%q", error.text);
+    }
+}
+
 enum rk_status coordinator_save_node(struct coordinator *coordinator,
                                      const Redknot__V1__NodeInfo *info, struct rk_error *error)
 {

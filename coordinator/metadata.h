@@ -8,6 +8,8 @@
  * Threads: any; batches of two threads are ordered by whoever comes first.
  * Errors:  RK_ERR_BUSY: another process has it open. RK_ERR_CORRUPT: damaged or
  *          not ours. RK_ERR_FULL: no room on the disk. RK_ERR_IO: anything else.
+ *          After a write that failed all others fail alike, without being tried,
+ *          until tend() has opened the table again; reads go on.
  */
 #ifndef RK_COORDINATOR_METADATA_H
 #define RK_COORDINATOR_METADATA_H
@@ -45,6 +47,9 @@ struct metadata_ops {
     /* Ascending keys that begin with prefix. */
     enum rk_status (*scan)(struct metadata *metadata, const void *prefix, size_t prefix_bytes,
                            metadata_visit visit, void *context, struct rk_error *error);
+    /* Call it a few times a second: opens a table again that a write failed on, once that can go
+     * well. True: it did so just now. */
+    bool (*tend)(struct metadata *metadata);
     uint64_t (*bytes)(struct metadata *metadata); /* on disk and in memory, an estimate */
 };
 

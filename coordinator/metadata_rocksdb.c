@@ -1,7 +1,10 @@
 #include "common/base/alloc.h"
+#include "common/base/clock.h"
+#include "common/base/log.h"
 #include "coordinator/metadata.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <rocksdb/c.h>
 #include <stdio.h>
 #include <string.h>
@@ -13,11 +16,19 @@
 #define METADATA_WRITE_BUFFER_BYTES ((size_t)16 << 20)
 #define METADATA_OPEN_FILES_MAX     64
 #define METADATA_ROOM_BYTES_MIN     ((uint64_t)4 << 20) /* below it nothing is begun */
-#define METADATA_LOG_FILES_KEPT     3
-#define METADATA_LOG_LEVEL_WARN     2
+#define METADATA_ROOM_BYTES_WRITE                                                                  \
+    ((uint64_t)1 << 20) /* below it, and a batch, nothing is written */
+#define METADATA_REOPEN_MS      1000
+#define METADATA_LOG_FILES_KEPT 3
+#define METADATA_LOG_LEVEL_WARN 2
 
 struct metadata {
-    rocksdb_t *db;
+    pthread_rwlock_t lock; /* db: changed by opening again only */
+    bool lock_made;
+    pthread_mutex_t write_lock; /* before lock; one writer at a time, and the failure */
+    struct rk_error failure;    /* of the write after which none is tried; status RK_OK: none */
+    int64_t reopen_ns;          /* not before */
+    rocksdb_t *db;              /* NULL: it could not be opened again, not even to read */
     rocksdb_options_t *options;
     rocksdb_readoptions_t *read_options;
     rocksdb_writeoptions_t *write_options;
@@ -93,6 +104,10 @@ static void rocksdb_metadata_close(struct metadata *metadata)
     if (metadata->options != NULL) {
         rocksdb_options_destroy(metadata->options);
     }
+    if (metadata->lock_made) {
+        (void)pthread_rwlock_destroy(&metadata->lock);
+        (void)pthread_mutex_destroy(&metadata->write_lock);
+    }
     rk_free(metadata->location);
     rk_free(metadata);
 }
@@ -135,19 +150,19 @@ static enum rk_status make_directory(const char *location, struct rk_error *erro
     return status;
 }
 
-/* RocksDB ends the process when the disk fills up while it makes its first files. */
-static enum rk_status check_room(const char *location, struct rk_error *error)
+/* RocksDB ends the process when the disk fills up while it makes its first files, and at the write
+ * after one that failed. */
+static enum rk_status check_room(const char *location, uint64_t bytes_min, struct rk_error *error)
 {
     struct statvfs info;
 
-    if (statvfs(location, &info) == 0 &&
-        (uint64_t)info.f_bavail * info.f_frsize < METADATA_ROOM_BYTES_MIN) {
+    if (statvfs(location, &info) == 0 && (uint64_t)info.f_bavail * info.f_frsize < bytes_min) {
         return rk_error_set(error, RK_ERR_FULL,
                             "the disk of %s has %llu KiB left, the metadata database needs %llu; "
                             "make room, or choose another --data",
                             location,
                             (unsigned long long)((uint64_t)info.f_bavail * info.f_frsize >> 10),
-                            (unsigned long long)(METADATA_ROOM_BYTES_MIN >> 10));
+                            (unsigned long long)(bytes_min >> 10));
     }
     return RK_OK;
 }
@@ -176,7 +191,7 @@ static enum rk_status rocksdb_metadata_open(const char *location, struct metadat
     enum rk_status status = make_directory(location, error);
 
     if (status == RK_OK) {
-        status = check_room(location, error);
+        status = check_room(location, METADATA_ROOM_BYTES_MIN, error);
     }
     if (status != RK_OK) {
         return status;
@@ -186,6 +201,9 @@ static enum rk_status rocksdb_metadata_open(const char *location, struct metadat
         status = rk_error_set(error, RK_ERR_NO_MEMORY, "out of memory for the metadata database");
         goto fail;
     }
+    RK_ASSERT(pthread_rwlock_init(&metadata->lock, NULL) == 0);
+    RK_ASSERT(pthread_mutex_init(&metadata->write_lock, NULL) == 0);
+    metadata->lock_made = true;
     set_options(metadata);
     metadata->db = rocksdb_open(metadata->options, location, &text);
     if (text != NULL) {
@@ -200,9 +218,19 @@ fail:
     return status;
 }
 
-static enum rk_status rocksdb_metadata_get(struct metadata *metadata, const void *key,
-                                           size_t key_bytes, void **ret_value, size_t *ret_bytes,
-                                           struct rk_error *error)
+/* Under lock. */
+static enum rk_status check_open(const struct metadata *metadata, struct rk_error *error)
+{
+    return metadata->db != NULL
+               ? RK_OK
+               : rk_error_set(error, RK_ERR_IO,
+                              "the metadata database %s could not be opened again after a failure; "
+                              "the log has the reason",
+                              metadata->location);
+}
+
+static enum rk_status read_value(struct metadata *metadata, const void *key, size_t key_bytes,
+                                 void **ret_value, size_t *ret_bytes, struct rk_error *error)
 {
     char *text = NULL;
     size_t bytes = 0;
@@ -228,13 +256,62 @@ static enum rk_status rocksdb_metadata_get(struct metadata *metadata, const void
     return RK_OK;
 }
 
+static enum rk_status rocksdb_metadata_get(struct metadata *metadata, const void *key,
+                                           size_t key_bytes, void **ret_value, size_t *ret_bytes,
+                                           struct rk_error *error)
+{
+    enum rk_status status;
+
+    (void)pthread_rwlock_rdlock(&metadata->lock);
+    status = check_open(metadata, error);
+    if (status == RK_OK) {
+        status = read_value(metadata, key, key_bytes, ret_value, ret_bytes, error);
+    }
+    (void)pthread_rwlock_unlock(&metadata->lock);
+    return status;
+}
+
+/* Under write_lock. */
+static enum rk_status write_batch(struct metadata *metadata, rocksdb_writebatch_t *batch,
+                                  bool synced, struct rk_error *error)
+{
+    struct rk_error why = {0};
+    char *text = NULL;
+    size_t bytes = 0;
+    enum rk_status status;
+
+    if (metadata->failure.status != RK_OK) {
+        return rk_error_set(error, metadata->failure.status,
+                            "nothing is written to the metadata database since it failed, until "
+                            "it has been opened again: %.400s",
+                            metadata->failure.text);
+    }
+    /* What cannot fit is not begun: then nothing has failed, and the next one may. */
+    (void)rocksdb_writebatch_data(batch, &bytes);
+    status = check_room(metadata->location, METADATA_ROOM_BYTES_WRITE + bytes, error);
+    if (status != RK_OK) {
+        return status;
+    }
+    rocksdb_write(metadata->db, synced ? metadata->synced_options : metadata->write_options, batch,
+                  &text);
+    if (text == NULL) {
+        return RK_OK;
+    }
+    status = take_error(text, "write to", metadata->location, &why);
+    metadata->failure = why;
+    metadata->failure.status = status;
+    metadata->reopen_ns = rk_deadline_in_ms(METADATA_REOPEN_MS);
+    RK_LOG_ERROR("metadata_failed", "reason=%q", why.text);
+    return rk_error_set(error, status, "%s", why.text);
+}
+
 static enum rk_status rocksdb_metadata_write(struct metadata *metadata,
                                              const struct metadata_change *changes,
                                              size_t num_changes, bool synced,
                                              struct rk_error *error)
 {
-    char *text = NULL;
     rocksdb_writebatch_t *batch = rocksdb_writebatch_create();
+    enum rk_status status;
 
     for (size_t i = 0; i < num_changes; i++) {
         const struct metadata_change *change = &changes[i];
@@ -246,18 +323,57 @@ static enum rk_status rocksdb_metadata_write(struct metadata *metadata,
                                    change->value_bytes);
         }
     }
-    rocksdb_write(metadata->db, synced ? metadata->synced_options : metadata->write_options, batch,
-                  &text);
+    (void)pthread_mutex_lock(&metadata->write_lock);
+    status = write_batch(metadata, batch, synced, error);
+    (void)pthread_mutex_unlock(&metadata->write_lock);
     rocksdb_writebatch_destroy(batch);
-    if (text != NULL) {
-        return take_error(text, "write to", metadata->location, error);
-    }
-    return RK_OK;
+    return status;
 }
 
-static enum rk_status rocksdb_metadata_scan(struct metadata *metadata, const void *prefix,
-                                            size_t prefix_bytes, metadata_visit visit,
-                                            void *context, struct rk_error *error)
+/* Under write_lock. To write if that goes, else to read at least. */
+static enum rk_status reopen(struct metadata *metadata, struct rk_error *error)
+{
+    char *text = NULL;
+    enum rk_status status = RK_OK;
+
+    (void)pthread_rwlock_wrlock(&metadata->lock);
+    if (metadata->db != NULL) {
+        rocksdb_close(metadata->db);
+    }
+    metadata->db = rocksdb_open(metadata->options, metadata->location, &text);
+    if (text != NULL) {
+        status = take_error(text, "open again", metadata->location, error);
+        text = NULL;
+        metadata->db = rocksdb_open_for_read_only(metadata->options, metadata->location, 0, &text);
+        rocksdb_free(text);
+    }
+    (void)pthread_rwlock_unlock(&metadata->lock);
+    return status;
+}
+
+static bool rocksdb_metadata_tend(struct metadata *metadata)
+{
+    struct rk_error error = {0};
+    bool reopened = false;
+
+    (void)pthread_mutex_lock(&metadata->write_lock);
+    if (metadata->failure.status != RK_OK && rk_deadline_left_ms(metadata->reopen_ns) == 0 &&
+        check_room(metadata->location, METADATA_ROOM_BYTES_MIN, NULL) == RK_OK) {
+        reopened = reopen(metadata, &error) == RK_OK;
+        if (reopened) {
+            metadata->failure = (struct rk_error){.status = RK_OK};
+            RK_LOG_INFO("metadata_reopened", "location=%q", metadata->location);
+        } else {
+            metadata->reopen_ns = rk_deadline_in_ms(METADATA_REOPEN_MS);
+            RK_LOG_ERROR("metadata_not_reopened", "reason=%q", error.text);
+        }
+    }
+    (void)pthread_mutex_unlock(&metadata->write_lock);
+    return reopened;
+}
+
+static enum rk_status scan_open(struct metadata *metadata, const void *prefix, size_t prefix_bytes,
+                                metadata_visit visit, void *context, struct rk_error *error)
 {
     enum rk_status status = RK_OK;
     char *text = NULL;
@@ -285,13 +401,32 @@ static enum rk_status rocksdb_metadata_scan(struct metadata *metadata, const voi
     return status;
 }
 
+static enum rk_status rocksdb_metadata_scan(struct metadata *metadata, const void *prefix,
+                                            size_t prefix_bytes, metadata_visit visit,
+                                            void *context, struct rk_error *error)
+{
+    enum rk_status status;
+
+    (void)pthread_rwlock_rdlock(&metadata->lock);
+    status = check_open(metadata, error);
+    if (status == RK_OK) {
+        status = scan_open(metadata, prefix, prefix_bytes, visit, context, error);
+    }
+    (void)pthread_rwlock_unlock(&metadata->lock);
+    return status;
+}
+
 static uint64_t rocksdb_metadata_bytes(struct metadata *metadata)
 {
     uint64_t files = 0;
     uint64_t tables = 0;
 
-    (void)rocksdb_property_int(metadata->db, "rocksdb.total-sst-files-size", &files);
-    (void)rocksdb_property_int(metadata->db, "rocksdb.cur-size-all-mem-tables", &tables);
+    (void)pthread_rwlock_rdlock(&metadata->lock);
+    if (metadata->db != NULL) {
+        (void)rocksdb_property_int(metadata->db, "rocksdb.total-sst-files-size", &files);
+        (void)rocksdb_property_int(metadata->db, "rocksdb.cur-size-all-mem-tables", &tables);
+    }
+    (void)pthread_rwlock_unlock(&metadata->lock);
     return files + tables;
 }
 
@@ -302,5 +437,6 @@ const struct metadata_ops metadata_rocksdb = {
     .get = rocksdb_metadata_get,
     .write = rocksdb_metadata_write,
     .scan = rocksdb_metadata_scan,
+    .tend = rocksdb_metadata_tend,
     .bytes = rocksdb_metadata_bytes,
 };

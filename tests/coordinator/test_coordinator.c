@@ -14,10 +14,12 @@
 #include "common/base/kv_layout.h"
 
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -708,6 +710,51 @@ static void status_tells_nodes_and_segments(void **state)
     rk_rpc_message_free(&reply->base);
 }
 
+static void limit_files(rlim_t bytes)
+{
+    struct rlimit limit;
+
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &limit), 0);
+    limit.rlim_cur = bytes == 0 ? limit.rlim_max : bytes;
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &limit), 0);
+}
+
+/* A limit on the size of files stands for it. Puts are refused and say why; what is known is
+ * found, stores live and come; and with room everything goes on. */
+static void a_full_disk_is_lived_with(void **state)
+{
+    struct fixture *f = *state;
+    int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
+    enum rk_status status = RK_OK;
+    uint64_t generation;
+
+    (void)signal(SIGXFSZ, SIG_IGN);
+    join(f, 0, 11);
+    (void)put(f, 1);
+    limit_files(1);
+    generation = place_ok(f, 2);
+    assert_int_not_equal(commit(f, 2, generation), RK_OK);
+    assert_non_null(strstr(f->last_error, f->directory));
+    generation = place_ok(f, 2);
+    assert_int_not_equal(commit(f, 2, generation), RK_OK); /* And the process lives. */
+    expect(f, 1, "", true);
+    assert_false(heartbeat(f, 0, 11, NULL));
+    join(f, 1, 12);
+    limit_files(0);
+    do {
+        rk_clock_sleep_ms(50);
+        generation = place_ok(f, 2);
+        status = commit(f, 2, generation);
+    } while (status != RK_OK && rk_deadline_left_ms(deadline_ns) != 0);
+    expect(f, 2, "", true);
+    down(f);
+    up(f);
+    join(f, 0, 11);
+    join(f, 1, 12);
+    expect(f, 1, "", true);
+    expect(f, 2, "", true);
+}
+
 static void a_second_coordinator_is_refused(void **state)
 {
     struct fixture *f = *state;
@@ -748,6 +795,7 @@ int main(void)
         TEST(garbage_is_refused),
         TEST(names_that_are_none_are_refused),
         TEST(status_tells_nodes_and_segments),
+        TEST(a_full_disk_is_lived_with),
         TEST(a_second_coordinator_is_refused),
     };
 

@@ -6,6 +6,7 @@
  *         SIGKILL; the parent opens the database and looks for each.
  */
 #include "common/base/alloc.h"
+#include "common/base/clock.h"
 #include "coordinator/metadata.h"
 
 #include <fcntl.h>
@@ -15,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -211,6 +213,71 @@ static void each_acknowledged_write_survives_sigkill(void **state)
     metadata_rocksdb.close(metadata);
 }
 
+/* A limit on the size of files stands for a disk that is full: the kernel refuses the write. */
+static void limit_files(rlim_t bytes)
+{
+    struct rlimit limit;
+
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &limit), 0);
+    limit.rlim_cur = bytes == 0 ? limit.rlim_max : bytes;
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &limit), 0);
+}
+
+static bool can_read(struct metadata *metadata, const char *key)
+{
+    void *value = NULL;
+    size_t bytes = 0;
+    enum rk_status status = metadata_rocksdb.get(metadata, key, strlen(key), &value, &bytes, NULL);
+
+    rk_free(value);
+    return status == RK_OK;
+}
+
+/* RocksDB ends the process at the write after one that failed. */
+static void a_write_that_fails_is_the_last_one(void **state)
+{
+    char path[128];
+    char big[65536];
+    struct metadata *metadata;
+    int64_t deadline_ns = rk_deadline_in_ms(20000);
+    enum rk_status failed = RK_OK;
+
+    (void)state;
+    (void)signal(SIGXFSZ, SIG_IGN);
+    memset(big, 'x', sizeof(big) - 1);
+    big[sizeof(big) - 1] = '\0';
+    path_of("full", path);
+    metadata = open_ok(path);
+    assert_int_equal(put(metadata, "a/first", "one"), RK_OK);
+    limit_files(1 << 20);
+    for (int i = 0; i < 64 && failed == RK_OK; i++) {
+        failed = put(metadata, "a/big", big);
+    }
+    assert_int_not_equal(failed, RK_OK);
+    for (int i = 0; i < 10; i++) { /* Not tried. */
+        struct metadata_change change = {"a/more", 6, "two", 3};
+        struct rk_error error = {0};
+
+        assert_int_equal(metadata_rocksdb.write(metadata, &change, 1, i % 2 == 0, &error), failed);
+        assert_non_null(strstr(error.text, "since it failed"));
+        assert_true(can_read(metadata, "a/first"));
+    }
+    assert_false(metadata_rocksdb.tend(metadata)); /* Not at once again and again. */
+    limit_files(0);
+    while (!metadata_rocksdb.tend(metadata) && rk_deadline_left_ms(deadline_ns) != 0) {
+        rk_clock_sleep_ms(20);
+    }
+    assert_int_equal(put(metadata, "a/more", "two"), RK_OK);
+    assert_true(can_read(metadata, "a/first"));
+    assert_true(can_read(metadata, "a/more"));
+    metadata_rocksdb.close(metadata);
+    metadata = open_ok(path);
+    assert_true(can_read(metadata, "a/first"));
+    assert_true(can_read(metadata, "a/big"));
+    assert_true(can_read(metadata, "a/more"));
+    metadata_rocksdb.close(metadata);
+}
+
 static int make_root(void **state)
 {
     (void)state;
@@ -234,6 +301,7 @@ int main(void)
         cmocka_unit_test(a_second_opener_is_told_that_it_is_locked),
         cmocka_unit_test(damage_is_told),
         cmocka_unit_test(a_file_in_the_way_is_told),
+        cmocka_unit_test(a_write_that_fails_is_the_last_one),
     };
 
     return cmocka_run_group_tests(tests, make_root, remove_root);
