@@ -11,6 +11,7 @@
 
 /* A commit to a store that is dying holds its handler for seconds; heartbeats must still pass. */
 #define CALLS_MAX           256u
+#define BIND_WAIT_MS        2000
 #define SWEEP_MS            250
 #define EXPIRED_EACH_SWEEP  256u
 #define DEFAULT_DEADLINE_MS 30000u
@@ -105,6 +106,7 @@ static enum rk_status build(struct coordinator *coordinator, struct rk_error *er
         .address = options->listen,
         .calls_max = CALLS_MAX,
         .default_deadline_ms = DEFAULT_DEADLINE_MS,
+        .bind_wait_ms = BIND_WAIT_MS,
     };
     enum rk_status status =
         index_create(options->segments_max, (int64_t)options->timeout_ms * 1000000,

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 
 #define STOP_GRACE_MS 5000
+#define MEMORY_BYTES  (UINT64_C(2) << 30) /* address space of threads and libraries */
 
 enum {
     OPTION_LISTEN = 256,
@@ -200,7 +201,10 @@ int main(int argc, char **argv)
     rk_service_init();
     (void)argp_parse(&argp, argc, argv, 0, NULL, &arguments);
     rk_log_init("coordinator", arguments.level);
-    status = coordinator_create(&arguments.options, &coordinator, &error);
+    status = rk_service_check_limits(MEMORY_BYTES, &error);
+    if (status == RK_OK) {
+        status = coordinator_create(&arguments.options, &coordinator, &error);
+    }
     if (status == RK_OK && arguments.metrics[0] != '\0') {
         status = rk_metrics_server_start(arguments.metrics, &metrics, &error);
     }

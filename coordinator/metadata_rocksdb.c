@@ -1,5 +1,6 @@
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
+#include "common/base/descriptors.h"
 #include "common/base/log.h"
 #include "coordinator/metadata.h"
 
@@ -176,7 +177,10 @@ static void set_options(struct metadata *metadata)
     rocksdb_options_set_create_if_missing(metadata->options, 1);
     rocksdb_options_set_paranoid_checks(metadata->options, 1);
     rocksdb_options_set_write_buffer_size(metadata->options, METADATA_WRITE_BUFFER_BYTES);
-    rocksdb_options_set_max_open_files(metadata->options, METADATA_OPEN_FILES_MAX);
+    uint32_t files_max = rk_descriptors_limit() / 4;
+    rocksdb_options_set_max_open_files(metadata->options, files_max < METADATA_OPEN_FILES_MAX
+                                                              ? (int)files_max
+                                                              : METADATA_OPEN_FILES_MAX);
     rocksdb_options_set_keep_log_file_num(metadata->options, METADATA_LOG_FILES_KEPT);
     rocksdb_options_set_info_log_level(metadata->options, METADATA_LOG_LEVEL_WARN);
     rocksdb_readoptions_set_verify_checksums(metadata->read_options, 1);

@@ -18,8 +18,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define STOP_GRACE_MS 2000
-#define PINS_WAIT_MS  2000
+#define STOP_GRACE_MS       2000
+#define PINS_WAIT_MS        2000
+#define MEMORY_BESIDE_BYTES (UINT64_C(2) << 30) /* address space of threads and libraries */
 
 const char *argp_program_version = "redknot-kvstore " REDKNOT_VERSION;
 
@@ -313,7 +314,7 @@ static enum rk_status names_make(struct process *process, struct rk_error *error
 static enum rk_status process_bind(struct process *process, struct rk_error *error)
 {
     const struct settings *settings = &process->settings;
-    struct rk_rpc_server_options rpc = {.address = settings->listen};
+    struct rk_rpc_server_options rpc = {.address = settings->listen, .bind_wait_ms = 3000};
     enum rk_status status = rk_rpc_server_create(&rpc, &process->rpc, error);
     if (status != RK_OK) {
         return status;
@@ -517,7 +518,12 @@ int main(int argc, char **argv)
     rk_log_init("kvstore", process.settings.log_level);
     fault_signal_set(process.settings.fault_injection);
 
-    if (process_start(&process, &error) != RK_OK) {
+    enum rk_status status =
+        rk_service_check_limits(process.settings.dram_bytes + MEMORY_BESIDE_BYTES, &error);
+    if (status == RK_OK) {
+        status = process_start(&process, &error);
+    }
+    if (status != RK_OK) {
         fprintf(stderr, "redknot-kvstore: %s\n", error.text);
         process_stop(&process);
         return 1;

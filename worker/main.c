@@ -22,6 +22,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#define MEMORY_BYTES (UINT64_C(2) << 30) /* address space of threads and libraries */
+
 struct arguments {
     const char *model;
     const char *listen;
@@ -331,8 +333,10 @@ static enum rk_status start_serving(struct worker *worker, const struct argument
         .tokenizer = worker->tokenizer,
         .jobs_active_max = arguments->requests_max,
     };
-    struct rk_rpc_server_options server_options = {
-        .address = arguments->listen, .calls_max = 256, .send_timeout_ms = 10000};
+    struct rk_rpc_server_options server_options = {.address = arguments->listen,
+                                                   .calls_max = 256,
+                                                   .send_timeout_ms = 10000,
+                                                   .bind_wait_ms = 3000};
     struct api_options options = {
         .node_id = worker->node_id,
         .model_name = worker->model_name,
@@ -492,7 +496,10 @@ int main(int argc, char **argv)
     if (arguments.threads == 0) {
         arguments.threads = (uint32_t)sysconf(_SC_NPROCESSORS_ONLN);
     }
-    enum rk_status status = start_all(&worker, &arguments, &error);
+    enum rk_status status = rk_service_check_limits(MEMORY_BYTES, &error);
+    if (status == RK_OK) {
+        status = start_all(&worker, &arguments, &error);
+    }
     if (status == RK_OK) {
         RK_LOG_INFO("stopping", "signal=%d", rk_service_wait());
     } else {

@@ -1,5 +1,6 @@
 #include "common/base/log.h"
 
+#include "common/base/clock.h"
 #include "common/base/text.h"
 
 #include <stdarg.h>
@@ -178,4 +179,18 @@ void rk_log(enum rk_log_level level, const char *event, const char *format, ...)
     line.text[line.used++] = '\n';
     ssize_t written = write(STDERR_FILENO, line.text, line.used);
     (void)written; /* Nobody left to tell. */
+}
+
+bool rk_log_allowed(struct rk_log_limit *limit, unsigned *ret_more)
+{
+    int64_t now_ns = rk_clock_ns();
+    int64_t next_ns = atomic_load(&limit->next_ns);
+    if (now_ns < next_ns ||
+        !atomic_compare_exchange_strong(&limit->next_ns, &next_ns,
+                                        now_ns + RK_LOG_LIMIT_MS * INT64_C(1000000))) {
+        atomic_fetch_add(&limit->dropped, 1);
+        return false;
+    }
+    *ret_more = atomic_exchange(&limit->dropped, 0);
+    return true;
 }

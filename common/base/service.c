@@ -1,6 +1,7 @@
 #include "common/base/service.h"
 
 #include "common/base/alloc.h"
+#include "common/base/descriptors.h"
 
 #include <argp.h>
 #include <ctype.h>
@@ -11,6 +12,7 @@
 #include <string.h>
 #include <strings.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #define MALLOC_KEEP_BYTES (32 << 20)
@@ -36,6 +38,29 @@ void rk_service_init(void)
     RK_ASSERT(pthread_sigmask(SIG_BLOCK, &set, NULL) == 0);
     RK_ASSERT(sigaction(SIGPIPE, &ignore, NULL) == 0);
     argp_err_exit_status = 2;
+    rk_descriptors_raise();
+}
+
+enum rk_status rk_service_check_limits(uint64_t memory_bytes, struct rk_error *error)
+{
+    struct rlimit memory;
+    uint32_t descriptors = rk_descriptors_limit();
+    if (descriptors < RK_DESCRIPTORS_MIN) {
+        return rk_error_set(
+            error, RK_ERR_FULL,
+            "this process may open %u files, and needs %u at least: raise the limit "
+            "(ulimit -n, or LimitNOFILE= of its service)",
+            descriptors, RK_DESCRIPTORS_MIN);
+    }
+    if (getrlimit(RLIMIT_AS, &memory) == 0 && memory.rlim_cur != RLIM_INFINITY &&
+        memory.rlim_cur < memory_bytes) {
+        return rk_error_set(
+            error, RK_ERR_NO_MEMORY,
+            "this process may map %llu MiB of memory, and needs %llu at least: raise "
+            "the limit (ulimit -v, or LimitAS= of its service)",
+            (unsigned long long)memory.rlim_cur >> 20, (unsigned long long)memory_bytes >> 20);
+    }
+    return RK_OK;
 }
 
 int rk_service_wait(void)

@@ -20,9 +20,18 @@
 /*
  * Blocks SIGTERM and SIGINT, so that all threads started later inherit that and
  * only rk_service_wait() takes them; ignores SIGPIPE, for a lost peer is a status
- * and no reason to die; makes argp exit with 2 when the arguments are wrong.
+ * and no reason to die; makes argp exit with 2 when the arguments are wrong; raises the limit of
+ * open files to what the process may have.
  */
 void rk_service_init(void);
+
+/*
+ * For daemons, before they start anything: libraries of theirs end the process without a word, or
+ * wait for ever, when they get no descriptor, thread or memory. RK_ERR_FULL, RK_ERR_NO_MEMORY: a
+ * limit is lower than what it takes to start; the text says which, and how much it takes.
+ * memory_bytes: of address space, with what the program itself reserves.
+ */
+RK_MUST_CHECK enum rk_status rk_service_check_limits(uint64_t memory_bytes, struct rk_error *error);
 
 /*
  * Waits for SIGTERM or SIGINT and returns its number. The one wait without a

@@ -1,18 +1,17 @@
 #include "common/rpc/server_internal.h"
 
-#include "common/base/address.h"
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/log.h"
 
-#include <errno.h>
+#include <grpc/grpc_posix.h>
 #include <grpc/grpc_security.h>
-#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <unistd.h>
 
 #define ARMED_CALLS         4    /* new calls that gRPC may hand over before we look */
 #define STREAMS_SPARE       1024 /* per connection, above calls_max: to be refused at once */
@@ -20,6 +19,7 @@
 #define CALLS_MAX_LIMIT     65536
 #define DEADLINE_DEFAULT_MS 600000
 #define KEEPALIVE_MS        10000
+#define HTTP2_PREFACE       "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 #define DRAIN_MS            200   /* for connections to close, once all calls are out */
 #define STOP_REPORT_MS      10000 /* how often a stop that waits says so */
 
@@ -182,68 +182,55 @@ static void server_shut(struct rpc_event *event, bool ok)
     pthread_mutex_unlock(&server->sync.mutex);
 }
 
-/* gRPC tells why only to its log, so the same bind is tried once more by hand. */
-static const char *bind_failure(const char *address)
+/* gRPC's own acceptor ends for good when the descriptors do: connections come from a listener of
+ * ours, once they have sent HTTP/2's first bytes. */
+static void server_connect(void *context, int fd, const struct sockaddr *peer, size_t peer_bytes)
 {
-    struct rk_address parsed;
-    char port[8];
-    if (rk_address_parse(address, RK_ADDRESS_LISTEN, &parsed, NULL) != RK_OK) {
-        return "not of the form host:port";
-    }
-    (void)snprintf(port, sizeof(port), "%u", parsed.port);
-    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE};
-    struct addrinfo *found = NULL;
-    int failure = getaddrinfo(parsed.host, port, &hints, &found);
-    if (failure != 0) {
-        return gai_strerror(failure);
-    }
-    const char *reason = "gRPC could not bind it";
-    int enable = 1;
-    int fd = socket(found->ai_family, found->ai_socktype | SOCK_CLOEXEC, 0);
-    if (fd >= 0) {
-        (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &enable, sizeof(enable));
-        if (bind(fd, found->ai_addr, found->ai_addrlen) != 0 || listen(fd, 1) != 0) {
-            reason = strerrordesc_np(errno);
-        }
-        (void)close(fd);
-    }
-    freeaddrinfo(found);
-    return reason;
+    struct rk_rpc_server *server = context;
+    unsigned unanswered_ms = KEEPALIVE_MS;
+    (void)peer, (void)peer_bytes;
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &unanswered_ms, sizeof(unanswered_ms));
+    grpc_server_add_channel_from_fd(server->server, fd, server->credentials);
 }
 
-static enum rk_status server_bind(struct rk_rpc_server *server, const char *address,
+static enum rk_status server_bind(struct rk_rpc_server *server,
+                                  const struct rk_rpc_server_options *options,
                                   struct rk_error *error)
 {
     const struct rpc_setting settings[] = {
-        {GRPC_ARG_ALLOW_REUSEPORT, 0},
         {GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, RK_RPC_MESSAGE_BYTES_MAX},
         {GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, RK_RPC_MESSAGE_BYTES_MAX},
         {GRPC_ARG_MAX_CONCURRENT_STREAMS, (int)server->calls_max + STREAMS_SPARE},
         /* A client that froze is noticed while a handler waits for it. */
         {GRPC_ARG_KEEPALIVE_TIME_MS, KEEPALIVE_MS},
         {GRPC_ARG_KEEPALIVE_TIMEOUT_MS, KEEPALIVE_MS},
+        /* One that went away without a word keeps no connection, though it has no call. */
+        {GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1},
+        {GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0},
         {GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, KEEPALIVE_MS / 2},
     };
     grpc_arg args[sizeof(settings) / sizeof(settings[0])];
     rpc_settings_fill(settings, sizeof(settings) / sizeof(settings[0]), args);
     grpc_channel_args all = {.num_args = sizeof(args) / sizeof(args[0]), .args = args};
-    if (rk_address_check(address, RK_ADDRESS_LISTEN, error) != RK_OK) {
-        rk_error_prefix(error, "cannot listen on \"%s\"", address);
-        return RK_ERR_IO;
-    }
     server->server = grpc_server_create(&all, NULL);
     if (!server->server) {
         return rk_error_set(error, RK_ERR_NO_MEMORY, "cannot create a gRPC server");
     }
     grpc_server_register_completion_queue(server->server, server->loop.queue, NULL);
-    grpc_server_credentials *credentials = grpc_insecure_server_credentials_create();
-    server->port = grpc_server_add_http2_port(server->server, address, credentials);
-    grpc_server_credentials_release(credentials);
-    if (server->port == 0) {
-        return rk_error_set(error, RK_ERR_IO, "cannot listen on %s: %s", address,
-                            bind_failure(address));
+    server->credentials = grpc_insecure_server_credentials_create();
+    struct rk_listener_options listener = {.name = "grpc",
+                                           .address = options->address,
+                                           .preface = HTTP2_PREFACE,
+                                           .connections_max = options->connections_max,
+                                           .bind_wait_ms = options->bind_wait_ms,
+                                           .on_socket = server_connect,
+                                           .context = server};
+    enum rk_status status = rk_listener_create(&listener, &server->listener, error);
+    if (status == RK_ERR_INVALID) {
+        rk_error_prefix(error, "cannot listen on \"%s\"", options->address);
+        status = RK_ERR_IO;
     }
-    return RK_OK;
+    return status;
 }
 
 enum rk_status rk_rpc_server_create(const struct rk_rpc_server_options *options,
@@ -286,7 +273,7 @@ enum rk_status rk_rpc_server_create(const struct rk_rpc_server_options *options,
                            rk_status_text(status));
         goto fail;
     }
-    status = server_bind(server, options->address, error);
+    status = server_bind(server, options, error);
     if (status != RK_OK) {
         goto fail;
     }
@@ -357,12 +344,12 @@ enum rk_status rk_rpc_server_start(struct rk_rpc_server *server)
         first[i]->arrived.done = call_arrived;
         rpc_call_unref(first[i]); /* reclaim arms it */
     }
-    return RK_OK;
+    return rk_listener_start(server->listener);
 }
 
 int rk_rpc_server_port(const struct rk_rpc_server *server)
 {
-    return server->port;
+    return rk_listener_port(server->listener);
 }
 
 void rk_rpc_server_set_serving(struct rk_rpc_server *server, bool serving)
@@ -406,6 +393,7 @@ void rk_rpc_server_stop(struct rk_rpc_server *server, int grace_ms)
     if (!first) {
         return;
     }
+    rk_listener_stop(server->listener); /* gRPC takes no socket once it shuts down. */
     RPC_TSAN_RELEASE(&server->shut);
     grpc_server_shutdown_and_notify(server->server, server->loop.queue, &server->shut);
     if (!server_wait_out(server, rk_deadline_in_ms(grace_ms))) {
@@ -441,6 +429,10 @@ void rk_rpc_server_destroy(struct rk_rpc_server *server)
             rpc_loop_run_until(&server->loop, &server->shut_done);
         }
         grpc_server_destroy(server->server);
+    }
+    rk_listener_destroy(server->listener);
+    if (server->credentials) {
+        grpc_server_credentials_release(server->credentials);
     }
     rpc_loop_destroy(&server->loop);
     rpc_descriptors_destroy(server->descriptors);

@@ -8,6 +8,7 @@
 #ifndef RK_COMMON_RPC_SERVER_INTERNAL_H
 #define RK_COMMON_RPC_SERVER_INTERNAL_H
 
+#include "common/listen/listen.h"
 #include "common/rpc/rpc_internal.h"
 
 #define RPC_METHODS_MAX  256
@@ -54,8 +55,9 @@ struct rk_rpc_server {
     struct rpc_loop loop;
     grpc_server *server;
     struct rpc_event shut; /* tag of gRPC's shutdown */
+    grpc_server_credentials *credentials;
+    struct rk_listener *listener;
     char *address;
-    int port;
     uint32_t calls_max;
     uint32_t default_deadline_ms;
     uint32_t send_timeout_ms;

@@ -17,6 +17,7 @@
 
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
+#include "common/base/descriptors.h"
 #include "common/base/log.h"
 
 #include <errno.h>
@@ -34,10 +35,11 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#define IN_BYTES_FIRST 4096u
-#define READS_A_TURN   16u /* then the other readers come first */
-#define OUTBOX_MAX     (64u << 20)
-#define IN_KEPT_MAX    (1u << 20) /* a larger request's memory is given back */
+#define ACCEPT_PAUSE_MS 20
+#define IN_BYTES_FIRST  4096u
+#define READS_A_TURN    16u /* then the other readers come first */
+#define OUTBOX_MAX      (64u << 20)
+#define IN_KEPT_MAX     (1u << 20) /* a larger request's memory is given back */
 
 struct pin {
     uint64_t id; /* 0: free */
@@ -70,6 +72,9 @@ struct rk_shm_server {
     int listen_fd;
     int arena_fd; /* opened read-only */
     int wake_fd;
+    int spare_fd;                   /* given up to end a connection when no descriptor is left */
+    int64_t accept_paused_until_ns; /* not even that worked */
+    struct rk_log_limit refusals;
     bool bound;
     bool running;
     pthread_t thread;
@@ -201,13 +206,29 @@ static bool peer_allowed(int fd)
            (peer.uid == geteuid() || peer.uid == 0);
 }
 
+/* A thousand a second may want in: one line in ten seconds tells of all. */
+static void refusal_log(struct rk_shm_server *server, const char *reason)
+{
+    unsigned more = 0;
+    if (rk_log_allowed(&server->refusals, &more)) {
+        RK_LOG_WARN("shm_reader_refused", "reason=%q more=%u", reason, more);
+    }
+}
+
 static void accept_reader(struct rk_shm_server *server)
 {
-    int fd = accept4(server->listen_fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
-    if (fd < 0) {
-        if (errno == EMFILE || errno == ENFILE) {
-            RK_LOG_ERROR("shm_accept_failed", "reason=%q", strerror(errno));
-            rk_clock_sleep_ms(10); /* The pending connection would wake poll at once. */
+    int fd = -1;
+    enum rk_status status = rk_descriptors_accept(server->listen_fd, &server->spare_fd, &fd);
+    if (status == RK_OK && !rk_descriptors_admit(fd, false)) {
+        close(fd);
+        status = RK_ERR_FULL;
+    }
+    if (status == RK_ERR_BUSY || status == RK_ERR_IO) { /* It would wake poll at once. */
+        server->accept_paused_until_ns = rk_deadline_in_ms(ACCEPT_PAUSE_MS);
+    }
+    if (status != RK_OK) {
+        if (status != RK_ERR_NOT_FOUND) {
+            refusal_log(server, "the process has no descriptors for more connections");
         }
         return;
     }
@@ -218,8 +239,7 @@ static void accept_reader(struct rk_shm_server *server)
         }
     }
     if (!connection || !peer_allowed(fd)) {
-        RK_LOG_WARN("shm_reader_refused", "reason=%q",
-                    connection ? "another user" : "too many connections");
+        refusal_log(server, connection ? "another user" : "too many connections");
         close(fd);
         return;
     }
@@ -616,7 +636,8 @@ static uint32_t polls_fill(struct rk_shm_server *server)
 {
     uint32_t count = 0;
     server->polls[0] = (struct pollfd){.fd = server->wake_fd, .events = POLLIN};
-    server->polls[1] = (struct pollfd){.fd = server->listen_fd, .events = POLLIN};
+    bool paused = rk_clock_ns() < server->accept_paused_until_ns;
+    server->polls[1] = (struct pollfd){.fd = paused ? -1 : server->listen_fd, .events = POLLIN};
     for (uint32_t i = 0; i < server->options.connections_max; i++) {
         struct connection *connection = &server->connections[i];
         if (connection->fd < 0) {
@@ -658,9 +679,12 @@ static void *server_thread(void *context)
     struct spin spin = {.until_ns = 0};
     uint32_t count = polls_fill(server);
     for (;;) {
-        int ready = poll(server->polls, 2 + count, spin_again(&spin) ? 0 : -1);
+        bool paused = server->polls[1].fd < 0;
+        int timeout_ms = paused ? ACCEPT_PAUSE_MS : -1;
+        int ready = poll(server->polls, 2 + count, spin_again(&spin) ? 0 : timeout_ms);
         if (ready <= 0) {
             RK_ASSERT(ready == 0 || errno == EINTR || errno == ENOMEM);
+            count = paused ? polls_fill(server) : count;
             continue;
         }
         spin_begin(&spin);
@@ -811,7 +835,7 @@ enum rk_status rk_shm_server_start(const struct rk_shm_server_options *options,
     }
     server->options = *options;
     RK_ASSERT(sem_init(&server->fault_done, 0, 0) == 0);
-    server->listen_fd = server->arena_fd = server->wake_fd = -1;
+    server->listen_fd = server->arena_fd = server->wake_fd = server->spare_fd = -1;
     struct rk_shm_server_options *set = &server->options;
     set->connections_max = set->connections_max ? set->connections_max : 256;
     set->pins_max = set->pins_max ? set->pins_max : 4096;
@@ -871,6 +895,7 @@ void rk_shm_server_stop(struct rk_shm_server *server)
     close_if_open(server->listen_fd);
     close_if_open(server->arena_fd);
     close_if_open(server->wake_fd);
+    close_if_open(server->spare_fd);
     rk_free(server->connections);
     rk_free(server->polls);
     rk_free(server->polled);
