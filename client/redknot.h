@@ -90,9 +90,17 @@ struct rk_report {
     double fetch_s;
     double prefill_s;
     double total_s;
-    double flops;      /* of the prompt, computed */
-    double flops_full; /* of the prompt at full recomputation */
-    bool head_map;     /* a head map limited what queries saw */
+    double flops;                 /* of the prompt, computed */
+    double flops_full;            /* of the prompt at full recomputation */
+    bool head_map;                /* a head map limited what queries saw */
+    bool approximate;             /* the answer may differ from that of level "full" */
+    uint32_t tokens_reused_exact; /* of tokens_reused: KV of this very chain */
+    uint32_t restarts;            /* how often it began again because pages were bad or lost */
+    const char *request;          /* its name in the worker's log */
+    /* Of generate: what became of the KV that it computed, as far as was known at its end. */
+    uint32_t segments_stored;
+    uint32_t segments_not_stored;
+    char store_problem[256]; /* why, of the first that was not; "" */
     struct rk_segment_report *segments;
     size_t num_segments;
     void *owner; /* of the library */

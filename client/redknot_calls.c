@@ -5,6 +5,7 @@
 #include "common/rpc/rpc.h"
 #include "common/transport/transport.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "redknot/v1/worker.pb-c.h"
@@ -142,6 +143,10 @@ static enum rk_status report_take(const Redknot__V1__Report *from, ProtobufCMess
                                  .flops = from->flops,
                                  .flops_full = from->flops_full,
                                  .head_map = from->head_map,
+                                 .approximate = from->approximate,
+                                 .tokens_reused_exact = from->tokens_reused_exact,
+                                 .restarts = from->restarts,
+                                 .request = from->request,
                                  .segments = segments,
                                  .num_segments = from->n_segments,
                                  .owner = owner};
@@ -250,6 +255,7 @@ static enum rk_status generate_reply(void *context, ProtobufCMessage **message,
 {
     struct generate_context *generate = context;
     Redknot__V1__GenerateReply *reply = (Redknot__V1__GenerateReply *)*message;
+    const Redknot__V1__StoreReport *stored = reply->stored; /* In a reply behind the report's. */
     enum rk_status status =
         text_pass(generate, reply->token_ids, reply->n_token_ids, reply->text, false, error);
     if (status == RK_OK && reply->report) {
@@ -257,6 +263,12 @@ static enum rk_status generate_reply(void *context, ProtobufCMessage **message,
         if (status == RK_OK) {
             *message = NULL;
         }
+    }
+    if (status == RK_OK && stored) {
+        struct rk_report *report = &generate->report;
+        report->segments_stored = stored->segments_stored;
+        report->segments_not_stored = stored->segments_not_stored;
+        (void)snprintf(report->store_problem, sizeof(report->store_problem), "%s", stored->problem);
     }
     return status;
 }

@@ -275,9 +275,11 @@ static enum rk_status place_new(struct coordinator *coordinator, struct arena *a
     if (status == RK_OK && candidates.count == 0) {
         if (candidates.num_too_small != 0) {
             return rk_error_set(error, RK_ERR_TOO_LONG,
-                                "a shard of %" PRIu64 " bytes fits in none of the %zu stores; use "
-                                "shorter segments or more --shards-per-segment",
-                                bytes, candidates.num_too_small);
+                                "a shard of %" PRIu64
+                                " bytes fits in none of the %zu stores: start "
+                                "one with --dram %" PRIu64 "MiB or more, use shorter segments, or "
+                                "a coordinator with more --shards-per-segment",
+                                bytes, candidates.num_too_small, (bytes >> 20) + 1);
         }
         if (candidates.num_ejected != 0) {
             return rk_error_set(error, RK_ERR_UNAVAILABLE,

@@ -142,17 +142,13 @@ RK_MUST_CHECK enum rk_status cli_read_stdin(char **ret_text, size_t *ret_bytes,
 
 /* ---- Reports ---- */
 
-/* What of the reused KV is bit-equal to computing, and what is not. */
-struct cli_report_parts {
-    uint32_t tokens_exact;   /* of those reused */
-    uint32_t segments_alone; /* that stand behind others, with KV computed without these */
-    bool approximate;        /* the answer may differ from that of level full */
-};
-struct cli_report_parts cli_report_parts(const struct rk_report *report);
+/* How many segments stand behind others, with KV computed without these. */
+uint32_t cli_report_alone(const struct rk_report *report);
 json_t *cli_report_json(const struct rk_report *report);
 /* "2 chain, 1 segment": how many segments of which source, in their order. */
 void cli_report_sources(const struct rk_report *report, char *ret_text, size_t room);
-/* A line, and one for each reason why the answer is approximate; verbose: a line per segment, too.
+/* A line, one for each reason why the answer is approximate, and one for what could not be stored;
+ * verbose: a line per segment, too.
  */
 void cli_report_print(FILE *file, const struct rk_report *report, bool verbose);
 

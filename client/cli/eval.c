@@ -3,14 +3,17 @@
 #include "client/cli/eval_internal.h"
 #include "client/cli/score.h"
 #include "common/base/alloc.h"
+#include "common/base/clock.h"
 
 #include <errno.h>
 #include <math.h>
 #include <string.h>
 #include <sys/random.h>
 
-#define SALT_BYTES 16
-#define EVAL_LABEL "redknot eval" /* of all that is stored: `redknot drop --label` finds it */
+#define SALT_BYTES        16
+#define CHAIN_TIMEOUT_MS  10000
+#define CHAIN_INTERVAL_MS 50
+#define EVAL_LABEL        "redknot eval" /* of all that is stored: `redknot drop --label` finds it */
 
 struct eval_arguments {
     struct cli_common common;
@@ -229,13 +232,22 @@ static bool any_token(void *context, const int32_t *token_ids, size_t num_tokens
     return !cli_interrupted();
 }
 
+static bool all_chain(const struct rk_report *report)
+{
+    bool chain = true;
+    for (size_t i = 0; i < report->num_segments; i++) {
+        chain = chain && strcmp(report->segments[i].source, "chain") == 0;
+    }
+    return chain;
+}
+
 /* Score stores nothing, so the chain that `exact` is to reuse is stored by an answer of one token
- * over the same segments. */
+ * over the same segments. It may end before all is stored: so it is asked again until it reuses the
+ * chain, or does not after some time, which the table then shows. */
 static enum rk_status publish_chain(struct eval *eval, size_t index, struct rk_error *error)
 {
     const struct eval_request *from = &eval->file.requests[index];
     struct rk_segment_input *segments = segment_inputs(from);
-    struct rk_report report = {.owner = NULL};
     if (!segments) {
         return rk_error_set(error, RK_ERR_NO_MEMORY, "out of memory");
     }
@@ -249,13 +261,23 @@ static enum rk_status publish_chain(struct eval *eval, size_t index, struct rk_e
         .ignore_eos = true,
         .salt = eval->salt,
         .salt_bytes = SALT_BYTES};
-    enum rk_status status =
-        rk_client_generate(eval->client, &request, any_token, NULL, &report, error);
+    int64_t deadline_ns = rk_deadline_in_ms(CHAIN_TIMEOUT_MS);
+    enum rk_status status = RK_OK;
+    bool stored = false;
+    while (status == RK_OK && !stored) {
+        struct rk_report report = {.owner = NULL};
+        status = rk_client_generate(eval->client, &request, any_token, NULL, &report, error);
+        stored = status == RK_OK && (all_chain(&report) || report.segments_not_stored > 0 ||
+                                     rk_deadline_left_ms(deadline_ns) == 0);
+        if (status == RK_OK && !stored && report.segments_stored == 0) {
+            rk_clock_sleep_ms(CHAIN_INTERVAL_MS); /* It is being stored. */
+        }
+        rk_report_clear(&report);
+    }
     rk_free(segments);
     if (status != RK_OK) {
         rk_error_prefix(error, "request %zu: storing its chain", index);
     }
-    rk_report_clear(&report);
     return status;
 }
 

@@ -17,7 +17,6 @@ static json_t *segment_json(const struct rk_segment_report *segment)
 
 json_t *cli_report_json(const struct rk_report *report)
 {
-    struct cli_report_parts parts = cli_report_parts(report);
     json_t *segments = json_array();
     for (size_t i = 0; i < report->num_segments; i++) {
         (void)json_array_append_new(segments, segment_json(&report->segments[i]));
@@ -27,31 +26,34 @@ json_t *cli_report_json(const struct rk_report *report)
         " s:f, s:b, s:o}",
         "level", report->level, "finish_reason", report->finish_reason, "prompt_tokens",
         (json_int_t)report->prompt_tokens, "tokens_reused", (json_int_t)report->tokens_reused,
-        "tokens_reused_exact", (json_int_t)parts.tokens_exact, "tokens_computed",
+        "tokens_reused_exact", (json_int_t)report->tokens_reused_exact, "tokens_computed",
         (json_int_t)report->tokens_computed, "tokens_generated",
         (json_int_t)report->tokens_generated, "bytes_fetched", (json_int_t)report->bytes_fetched,
-        "approximate", (int)parts.approximate, "path", report->path, "ttft_s", report->ttft_s,
+        "approximate", (int)report->approximate, "path", report->path, "ttft_s", report->ttft_s,
         "queue_s", report->queue_s, "fetch_s", report->fetch_s, "prefill_s", report->prefill_s,
         "total_s", report->total_s, "flops", report->flops, "flops_full", report->flops_full,
         "head_map", (int)report->head_map, "segments", segments);
     cli_json_set_string(object, "worker", report->worker);
+    cli_json_set_string(object, "request", report->request);
+    (void)json_object_set_new(object, "restarts", json_integer(report->restarts));
+    (void)json_object_set_new(object, "segments_stored", json_integer(report->segments_stored));
+    (void)json_object_set_new(object, "segments_not_stored",
+                              json_integer(report->segments_not_stored));
+    cli_json_set_string(object, "store_problem", report->store_problem);
     return object;
 }
 
 /* A segment's KV is exact in a chain, and where nothing stands before it. */
-struct cli_report_parts cli_report_parts(const struct rk_report *report)
+uint32_t cli_report_alone(const struct rk_report *report)
 {
-    struct cli_report_parts parts = {.approximate = report->head_map};
+    uint32_t count = 0;
     for (size_t i = 0; i < report->num_segments; i++) {
         const struct rk_segment_report *segment = &report->segments[i];
         bool alone = strcmp(segment->source, "segment") == 0 ||
                      strcmp(segment->source, "compute_alone") == 0;
-        bool exact = !alone || segment->position == 0;
-        parts.tokens_exact += exact ? segment->tokens_reused : 0;
-        parts.segments_alone += !exact;
-        parts.approximate = parts.approximate || !exact;
+        count += alone && segment->position > 0;
     }
-    return parts;
+    return count;
 }
 
 void cli_report_sources(const struct rk_report *report, char *ret_text, size_t room)
@@ -71,28 +73,36 @@ void cli_report_sources(const struct rk_report *report, char *ret_text, size_t r
     }
 }
 
-static void print_reused(FILE *file, const struct rk_report *report,
-                         const struct cli_report_parts *parts)
+static void print_reused(FILE *file, const struct rk_report *report)
 {
+    uint32_t exact = report->tokens_reused_exact;
     (void)fprintf(file, "%u reused", report->tokens_reused);
-    if (report->tokens_reused > 0 && parts->segments_alone > 0) {
-        (void)fprintf(file, " (%u exact from a chain, %u approximate from segments alone)",
-                      parts->tokens_exact, report->tokens_reused - parts->tokens_exact);
+    if (report->tokens_reused > exact) {
+        (void)fprintf(file, " (%u exact from a chain, %u approximate from segments alone)", exact,
+                      report->tokens_reused - exact);
     }
 }
 
-static void print_approximate(FILE *file, const struct rk_report *report,
-                              const struct cli_report_parts *parts)
+/* What a person should know before the answer is believed, and before it is asked for again. */
+static void print_warnings(FILE *file, const struct rk_report *report)
 {
-    if (parts->segments_alone > 0) {
+    uint32_t alone = cli_report_alone(report);
+    if (report->approximate && alone > 0) {
         (void)fprintf(file,
                       "approximate: %u of %zu segments were used as they were computed alone, "
                       "without what stands before them here; `--compare full` tells how far it "
                       "is from computing all\n",
-                      parts->segments_alone, report->num_segments);
+                      alone, report->num_segments);
     }
     if (report->head_map) {
         (void)fprintf(file, "approximate: a head map limited what some heads saw\n");
+    }
+    if (report->segments_not_stored > 0) {
+        (void)fprintf(file, "not stored: %u of the %u segments that were computed: ",
+                      report->segments_not_stored,
+                      report->segments_not_stored + report->segments_stored);
+        (void)cli_write_text(file, report->store_problem, strlen(report->store_problem));
+        (void)fputc('\n', file);
     }
 }
 
@@ -114,7 +124,6 @@ static void print_segment(FILE *file, const struct rk_segment_report *segment)
 
 void cli_report_print(FILE *file, const struct rk_report *report, bool verbose)
 {
-    struct cli_report_parts parts = cli_report_parts(report);
     char ttft[32];
     char total[32];
     char bytes[32];
@@ -123,11 +132,11 @@ void cli_report_print(FILE *file, const struct rk_report *report, bool verbose)
                   report->level, cli_shown(report->worker, worker, sizeof(worker)),
                   cli_seconds(report->ttft_s, ttft), report->prompt_tokens,
                   report->tokens_computed);
-    print_reused(file, report, &parts);
+    print_reused(file, report);
     (void)fprintf(file, "; fetched %s over %s; %u tokens in %s (%s)\n",
                   cli_bytes(report->bytes_fetched, bytes), report->path, report->tokens_generated,
                   cli_seconds(report->total_s, total), report->finish_reason);
-    print_approximate(file, report, &parts);
+    print_warnings(file, report);
     for (size_t i = 0; verbose && i < report->num_segments; i++) {
         print_segment(file, &report->segments[i]);
     }

@@ -81,6 +81,7 @@ static struct rk_report report_of(struct rk_segment_report *segments, size_t cou
     struct rk_report report = {.level = "fast",
                                .worker = "w\x1B",
                                .finish_reason = "stop",
+                               .request = "r",
                                .path = "shm",
                                .segments = segments,
                                .num_segments = count};
@@ -105,11 +106,10 @@ static void reports_split_exact_from_approximate(void **state)
     struct rk_segment_report segments[] = {part("chain", 0, 10), part("segment", 10, 6),
                                            part("compute_alone", 20, 0)};
     struct rk_report report = report_of(segments, 3);
-    struct cli_report_parts parts = cli_report_parts(&report);
     char text[4096];
-    assert_int_equal(parts.tokens_exact, 10);
-    assert_int_equal(parts.segments_alone, 2);
-    assert_true(parts.approximate);
+    report.tokens_reused_exact = 10;
+    report.approximate = true;
+    assert_int_equal(cli_report_alone(&report), 2);
     printed(&report, text, sizeof(text));
     assert_non_null(strstr(text, "16 reused (10 exact from a chain, 6 approximate"));
     assert_non_null(strstr(text, "approximate: 2 of 3 segments"));
@@ -131,13 +131,21 @@ static void exact_reports_say_nothing_of_approximation(void **state)
     struct rk_segment_report segments[] = {part("segment", 0, 10), part("compute", 10, 0)};
     struct rk_report report = report_of(segments, 2);
     char text[4096];
-    assert_false(cli_report_parts(&report).approximate);
-    assert_int_equal(cli_report_parts(&report).tokens_exact, 10);
+    report.tokens_reused_exact = 10;
+    assert_int_equal(cli_report_alone(&report), 0);
     printed(&report, text, sizeof(text));
     assert_null(strstr(text, "approximate"));
+    assert_null(strstr(text, "not stored"));
     report.head_map = true;
+    report.approximate = true;
+    report.segments_stored = 1;
+    report.segments_not_stored = 2;
+    (void)snprintf(report.store_problem, sizeof(report.store_problem), "no room\x1B");
     printed(&report, text, sizeof(text));
     assert_non_null(strstr(text, "approximate: a head map"));
+    assert_null(strstr(text, "computed alone"));
+    assert_non_null(
+        strstr(text, "not stored: 2 of the 3 segments that were computed: no room\\x1b"));
 }
 
 int main(void)

@@ -21,6 +21,7 @@
 #include <cmocka.h>
 
 #define OUTPUT_BYTES (1 << 20)
+#define LONG_WORDS   900 /* some 20 MiB of KV */
 
 static struct cluster cluster;
 static char output[OUTPUT_BYTES]; /* standard output of the last run */
@@ -287,6 +288,25 @@ static void json_leaves_no_row_out(void **state)
     json_decref(result);
 }
 
+/* The last test: from here on the stores are small. */
+static void a_store_too_small_is_told(void **state)
+{
+    (void)state;
+    static char text[LONG_WORDS * 6 + 1];
+    struct cluster_options options = {.num_workers = 1, .dram = "16MiB"};
+    for (size_t i = 0; i < LONG_WORDS; i++) {
+        memcpy(text + i * 6, "seven ", 6);
+    }
+    cluster_stop(&cluster);
+    cluster_start(&cluster, &options);
+    write_file("long.txt", text);
+    expect("put $D/long.txt", 1);
+    assert_non_null(strstr(errors, "--dram 2"));
+    expect("generate -p 'What is it?' -n 1 --level exact -s $D/long.txt", 0);
+    assert_non_null(strstr(errors, "not stored: 1 of the 2 segments that were computed: "));
+    assert_non_null(strstr(errors, "--dram 2"));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -297,6 +317,7 @@ int main(void)
         cmocka_unit_test(generate_says_what_its_answer_is_worth),
         cmocka_unit_test(tokens_are_those_of_the_model),
         cmocka_unit_test(json_leaves_no_row_out),
+        cmocka_unit_test(a_store_too_small_is_told),
     };
     return cmocka_run_group_tests(tests, start, stop);
 }
