@@ -4,6 +4,7 @@
 #include "common/base/clock.h"
 #include "common/base/log.h"
 #include "coordinator/coordinator_internal.h"
+#include "coordinator/record.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -219,6 +220,49 @@ static void expire_placed(struct coordinator *coordinator)
     }
 }
 
+/* Under index_lock: a copy of the next one; NULL: there is none, or memory is out. */
+static Redknot__V1__NodeInfo *take_unsaved(struct coordinator *coordinator)
+{
+    for (struct index_node *node = index_nodes(coordinator->index); node != NULL;
+         node = node->hh.next) {
+        if (node->unsaved) {
+            node->unsaved = false;
+            return (Redknot__V1__NodeInfo *)record_copy(&node->info->base,
+                                                        &redknot__v1__node_info__descriptor);
+        }
+    }
+    return NULL;
+}
+
+/* Nodes that came while the disk was full. Without their records, what they hold would count as
+ * lost after a restart. Under write_lock. */
+static void save_nodes(struct coordinator *coordinator)
+{
+    enum rk_status status = RK_OK;
+
+    while (status == RK_OK) {
+        Redknot__V1__NodeInfo *info;
+        struct index_node *node;
+
+        (void)pthread_mutex_lock(&coordinator->index_lock);
+        info = take_unsaved(coordinator);
+        (void)pthread_mutex_unlock(&coordinator->index_lock);
+        if (info == NULL) {
+            return;
+        }
+        status = coordinator_save_node(coordinator, info, NULL);
+        if (status != RK_OK) {
+            (void)pthread_mutex_lock(&coordinator->index_lock);
+            node = index_node_find(coordinator->index, info->node_id);
+            if (node != NULL) {
+                node->unsaved = true;
+            }
+            (void)pthread_mutex_unlock(&coordinator->index_lock);
+        }
+        record_free(&info->base);
+    }
+}
+
 static void sweep(struct coordinator *coordinator)
 {
     struct coordinator_metrics *metrics = &coordinator->metrics;
@@ -239,6 +283,7 @@ static void sweep(struct coordinator *coordinator)
     rk_metric_set(metrics->metadata_ratio, kv_bytes > 0 ? metadata_bytes / kv_bytes : 0);
     (void)pthread_mutex_lock(&coordinator->write_lock);
     (void)coordinator->ops->tend(coordinator->metadata);
+    save_nodes(coordinator);
     /* Usually nothing: each call flushes its own. What a full disk refused is tried again. */
     status = coordinator_flush(coordinator, false, &error);
     (void)pthread_mutex_unlock(&coordinator->write_lock);

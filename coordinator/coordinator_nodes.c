@@ -32,6 +32,39 @@ static enum rk_status check_cluster(const struct coordinator *coordinator,
                         ours[0] != '\0' ? "of cluster " : "was started without --cluster", ours);
 }
 
+/* A process that was started again is at the place of the one before it, and that one does not come
+ * back. Anything else is a second node with the same id: they would take turns, and each turn lose
+ * what the other one holds. Under index_lock. */
+static enum rk_status check_id_free(struct coordinator *coordinator,
+                                    const Redknot__V1__NodeInfo *info, struct rk_error *error)
+{
+    struct index_node *node = index_node_find(coordinator->index, info->node_id);
+    const Redknot__V1__NodeInfo *first;
+    bool same_place;
+
+    if (node == NULL || node->info->incarnation == info->incarnation ||
+        !index_node_alive(coordinator->index, node, rk_clock_ns())) {
+        return RK_OK;
+    }
+    first = node->info;
+    same_place = first->role == info->role && strcmp(first->host_id, info->host_id) == 0 &&
+                 strcmp(first->grpc_address, info->grpc_address) == 0;
+    if (same_place && node->replaced != info->incarnation) {
+        return RK_OK;
+    }
+    if (node->refused != info->incarnation) {
+        node->refused = info->incarnation;
+        RK_LOG_WARN("node_id_taken",
+                    "node=%q living=%q incarnation=%016llx refused=%q refused_incarnation=%016llx",
+                    info->node_id, first->grpc_address, (unsigned long long)first->incarnation,
+                    info->grpc_address, (unsigned long long)info->incarnation);
+    }
+    return rk_error_set(error, RK_ERR_EXISTS,
+                        "node id %s is taken by the one that lives at %s: give this one another "
+                        "--node-id, or stop that one",
+                        info->node_id, first->grpc_address);
+}
+
 enum rk_status coordinator_register(struct coordinator *coordinator, struct arena *arena,
                                     const ProtobufCMessage *request, ProtobufCMessage **ret_reply,
                                     struct rk_error *error)
@@ -40,6 +73,7 @@ enum rk_status coordinator_register(struct coordinator *coordinator, struct aren
     Redknot__V1__RegisterReply *reply = arena_alloc(arena, 1, sizeof(*reply));
     struct index_node *node = NULL;
     uint64_t mark = 0;
+    bool saved = true;
     enum rk_status status = record_check_node(info, error);
 
     if (status == RK_OK) {
@@ -55,20 +89,27 @@ enum rk_status coordinator_register(struct coordinator *coordinator, struct aren
         return out_of_memory(error);
     }
     (void)pthread_mutex_lock(&coordinator->write_lock);
+    (void)pthread_mutex_lock(&coordinator->index_lock);
+    status = check_id_free(coordinator, info, error);
+    (void)pthread_mutex_unlock(&coordinator->index_lock);
     /* On disk first: after a restart of ours, a heartbeat alone then brings it back. A disk that is
-     * full keeps nobody out: then it has to register again. */
-    if (info->role == REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE) {
+     * full keeps nobody out, and the sweeper saves it later. */
+    if (status == RK_OK && info->role == REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE) {
         status = coordinator_save_node(coordinator, info, error);
         if (status != RK_OK && status != RK_ERR_NO_MEMORY) {
             RK_LOG_WARN("node_not_saved", "node=%q reason=%q", info->node_id,
                         error == NULL ? "" : error->text);
             status = RK_OK;
+            saved = false;
         }
     }
     if (status == RK_OK) {
         (void)pthread_mutex_lock(&coordinator->index_lock);
         status = index_node_register(coordinator->index, info, rk_clock_ns(), &node);
         mark = index_changes(coordinator->index);
+        if (status == RK_OK) {
+            node->unsaved = !saved;
+        }
         (void)pthread_mutex_unlock(&coordinator->index_lock);
         if (status != RK_OK) {
             (void)rk_error_set(error, status, "no room for node %s: %s", info->node_id,

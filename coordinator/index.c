@@ -224,6 +224,7 @@ enum rk_status index_node_register(struct index *index, const Redknot__V1__NodeI
     } else {
         if (node->info->incarnation != info->incarnation) {
             node_lose_all(index, node);
+            node->replaced = node->info->incarnation;
             node->liveness = (struct liveness){0}; /* What failed was the former process. */
             liveness_came(&node->liveness, false, now_ns);
         }

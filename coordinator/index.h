@@ -47,7 +47,10 @@ struct index_node {
     Redknot__V1__NodeInfo *info; /* own copy */
     int64_t heard_ns;            /* last sign of life; 0: none since this process began */
     bool registered;             /* since this process began, or since it came back */
+    bool unsaved;                /* the disk refused its record: the sweeper tries again */
     bool was_alive;              /* for the log: changes are told once */
+    uint64_t replaced;           /* the incarnation before this one; 0: none that we know of */
+    uint64_t refused;            /* the last one that came while this one lives: told once */
     struct liveness liveness;    /* of stores */
     uint64_t visit;              /* scratch of whoever walks over nodes */
     uint64_t num_locations;

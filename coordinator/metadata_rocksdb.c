@@ -21,7 +21,9 @@
     ((uint64_t)1 << 20) /* below it, and a batch, nothing is written */
 #define METADATA_REOPEN_MS      1000
 #define METADATA_LOG_FILES_KEPT 3
-#define METADATA_LOG_LEVEL_WARN 2
+/* Above all of RocksDB's levels: on a full disk its own log ends the process, as its tables would.
+ * What matters in it comes back as the text of an error. */
+#define METADATA_LOG_LEVEL_NONE 6
 
 struct metadata {
     pthread_rwlock_t lock; /* db: changed by opening again only */
@@ -182,7 +184,7 @@ static void set_options(struct metadata *metadata)
                                                               ? (int)files_max
                                                               : METADATA_OPEN_FILES_MAX);
     rocksdb_options_set_keep_log_file_num(metadata->options, METADATA_LOG_FILES_KEPT);
-    rocksdb_options_set_info_log_level(metadata->options, METADATA_LOG_LEVEL_WARN);
+    rocksdb_options_set_info_log_level(metadata->options, METADATA_LOG_LEVEL_NONE);
     rocksdb_readoptions_set_verify_checksums(metadata->read_options, 1);
     rocksdb_writeoptions_set_sync(metadata->synced_options, 1);
 }

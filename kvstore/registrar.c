@@ -419,8 +419,9 @@ static void log_change(struct registrar *registrar, enum rk_status status,
         RK_LOG_INFO("registered", "coordinator=%s heartbeat_ms=%d", address,
                     registrar->heartbeat_ms);
     } else if (status != RK_OK && registrar->reachable != 0) {
-        RK_LOG_WARN("coordinator_unreachable", "coordinator=%s status=%s reason=%q", address,
-                    rk_status_name(status), error->text);
+        RK_LOG_WARN(error->answered ? "coordinator_refuses" : "coordinator_unreachable",
+                    "coordinator=%s status=%s reason=%q", address, rk_status_name(status),
+                    error->text);
     }
     registrar->reachable = status == RK_OK;
 }

@@ -267,6 +267,42 @@ static void a_silent_node_is_down_and_comes_back(void **state)
     expect(f, 1, "", true);
 }
 
+/* Two processes with one id would take turns, and each turn lose what the other one holds. */
+static void a_second_node_with_an_id_is_refused(void **state)
+{
+    struct fixture *f = *state;
+    int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
+    char first[sizeof(f->stores[0].address)];
+
+    join(f, 0, 11);
+    (void)put(f, 1);
+    memcpy(first, f->stores[0].address, sizeof(first));
+    memcpy(f->stores[0].address, f->stores[1].address, sizeof(first));
+    for (int i = 0; i < 3; i++) {
+        assert_int_equal(try_register(f, 0, 12), RK_ERR_EXISTS);
+        assert_non_null(strstr(f->last_error, first));
+        assert_non_null(strstr(f->last_error, "--node-id"));
+        assert_false(heartbeat(f, 0, 11, NULL));
+    }
+    expect(f, 1, "", true);
+    /* At the same place it is the same one, started again; the one before does not come back. */
+    memcpy(f->stores[0].address, first, sizeof(first));
+    join(f, 0, 13);
+    assert_int_equal(try_register(f, 0, 11), RK_ERR_EXISTS);
+    assert_false(heartbeat(f, 0, 13, NULL));
+    /* Anywhere, once the first one is silent. */
+    down(f);
+    f->options.timeout_ms = 200;
+    up(f);
+    (void)heartbeat(f, 0, 13, NULL);
+    memcpy(f->stores[0].address, f->stores[1].address, sizeof(first));
+    enum rk_status status = RK_ERR_EXISTS;
+    while (status == RK_ERR_EXISTS && rk_deadline_left_ms(deadline_ns) != 0) {
+        status = try_register(f, 0, 14);
+    }
+    assert_int_equal(status, RK_OK);
+}
+
 /* Of store 0, incarnation 11. On a thread of that store. */
 static void evict_at_once(void *context, uint64_t generation)
 {
@@ -747,6 +783,7 @@ static void a_full_disk_is_lived_with(void **state)
         status = commit(f, 2, generation);
     } while (status != RK_OK && rk_deadline_left_ms(deadline_ns) != 0);
     expect(f, 2, "", true);
+    rk_clock_sleep_ms(600); /* Two sweeps: what could not be saved is, by now. */
     down(f);
     up(f);
     join(f, 0, 11);
@@ -781,6 +818,7 @@ int main(void)
         TEST(a_dead_store_fails_the_commit_by_name),
         TEST(evicted_and_lost_keep_their_tokens),
         TEST(a_silent_node_is_down_and_comes_back),
+        TEST(a_second_node_with_an_id_is_refused),
         TEST(evicted_before_it_is_published),
         TEST(a_put_from_before_the_drop_is_refused),
         TEST(a_drop_during_the_commit_wins),
