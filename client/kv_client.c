@@ -73,7 +73,9 @@ static void coordinator_asked(struct rk_kv_client *client, enum rk_status status
 {
     bool late = rk_clock_ns() - begin_ns > RK_KV_HURRY_MS * INT64_C(1000000);
     (void)pthread_mutex_lock(&client->lock);
-    if (status == RK_ERR_UNAVAILABLE || (status == RK_ERR_DEADLINE && late)) {
+    /* "No store is alive" is an answer, and the next one may be another. */
+    bool refused = status == RK_ERR_UNAVAILABLE && !why->answered;
+    if (refused || (status == RK_ERR_DEADLINE && late)) {
         int64_t pause_ms = rk_kv_backoff_ms(client->coordinator_failures);
         if (client->coordinator_failures++ == 0) {
             RK_LOG_WARN("coordinator_down", "coordinator=%q status=%s reason=%q", client->address,

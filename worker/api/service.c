@@ -16,7 +16,7 @@
 #define GENERATE_TOKENS_DEFAULT 128
 #define TEXT_BYTES_MAX          (32u << 20)
 #define LABEL_BYTES_MAX         4096u /* as the coordinator */
-#define PUBLISH_SILENT_MS       INT64_C(500)
+#define PUBLISH_SILENT_MS       INT64_C(250)
 
 /* ---- From the wire ---- */
 
