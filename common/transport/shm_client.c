@@ -8,6 +8,7 @@
  * connection that failed stays open while pages are out: closing it is what
  * releases their pins.
  */
+#include "common/transport/descriptors_internal.h"
 #include "common/transport/spin_internal.h"
 #include "common/transport/transport_internal.h"
 #include "common/transport/wire_internal.h"
@@ -43,6 +44,14 @@ struct shm_client {
     size_t in_room;
     size_t in_bytes;
     struct wire_buffer request;
+    /* Pins that were given back and that the store has not been told of, for its socket was full:
+     * those of the frame that is on its way, and those behind it. */
+    struct wire_buffer release;
+    size_t release_begin;
+    uint64_t *returned; /* room for all pins that may be ours */
+    size_t returned_room;
+    size_t num_returned;
+    size_t pins_max; /* so many may be ours */
     uint8_t *outbox; /* NULL: nothing was put yet */
     uint32_t slots_sent;
     uint32_t slots_taken;
@@ -148,27 +157,104 @@ static enum rk_status frame_recv(struct shm_client *client, const struct rk_unti
 static void frame_done(struct shm_client *client, const struct shm_frame *frame)
 {
     client->in_bytes -= frame->bytes;
-    memmove(client->in, client->in + frame->bytes, client->in_bytes);
+    if (client->in_bytes > 0) {
+        memmove(client->in, client->in + frame->bytes, client->in_bytes);
+    }
 }
 
+/* ---- Pins that are given back ---- */
+
+/* Before a get: whatever it pins can be given back later without asking for memory. */
+static bool returns_reserve(struct shm_client *client, size_t more)
+{
+    size_t needed = client->pins_max + more;
+    if (needed > client->returned_room) {
+        size_t room = needed > 2 * client->returned_room ? needed : 2 * client->returned_room;
+        uint64_t *returned = rk_alloc_resize(client->returned, room, sizeof(*returned));
+        if (!returned) {
+            return false;
+        }
+        client->returned = returned;
+        client->returned_room = room;
+    }
+    client->pins_max = needed;
+    return true;
+}
+
+/* The next frame with all of them; false: there are none, or no memory for it now. */
+static bool release_make(struct shm_client *client)
+{
+    struct shm_frame_header header;
+    size_t bytes = client->num_returned * sizeof(client->returned[0]);
+    client->release.bytes = client->release_begin = 0;
+    client->release.failed = false;
+    if (bytes == 0) {
+        return false;
+    }
+    shm_header_fill(&header, SHM_RELEASE, 0, bytes);
+    (void)wire_append(&client->release, &header, sizeof(header));
+    (void)wire_append(&client->release, client->returned, bytes);
+    if (client->release.failed) {
+        client->release.bytes = 0;
+        return false;
+    }
+    client->pins_max -= client->num_returned;
+    client->num_returned = 0;
+    return true;
+}
+
+/* Without waiting. RK_ERR_BUSY: the socket takes no more for now. RK_ERR_UNAVAILABLE. */
+static enum rk_status returns_flush(struct shm_client *client)
+{
+    for (;;) {
+        while (client->release_begin < client->release.bytes) {
+            ssize_t sent = send(client->fd, client->release.data + client->release_begin,
+                                client->release.bytes - client->release_begin, MSG_NOSIGNAL);
+            if (sent >= 0) {
+                client->release_begin += (size_t)sent;
+            } else if (errno == EAGAIN) {
+                return RK_ERR_BUSY;
+            } else if (errno != EINTR) {
+                client->broken = true; /* The store is gone, and the pins with it. */
+                return RK_ERR_UNAVAILABLE;
+            }
+        }
+        if (!release_make(client)) {
+            return RK_OK;
+        }
+    }
+}
+
+/* Before a request, which must not come into the middle of a frame: until all is out. */
+static enum rk_status returns_send(struct shm_client *client, const struct rk_until *until,
+                                   struct rk_error *error)
+{
+    for (;;) {
+        enum rk_status status = returns_flush(client);
+        if (status == RK_ERR_UNAVAILABLE) {
+            return lost(client, error, "the store closed the connection");
+        }
+        if (status == RK_OK) {
+            return RK_OK;
+        }
+        status = wait_for(client, POLLOUT, until);
+        if (status != RK_OK) { /* What has not left yet leaves before the next request. */
+            return rk_error_set(error, status, "the store did not take a request in time");
+        }
+    }
+}
+
+/* Never waits, never fails and never costs the connection: what the socket does not take now goes
+ * with the next request. */
 static void pins_release(struct shm_client *client, const uint64_t *pin_ids, size_t count)
 {
-    struct __attribute__((packed)) {
-        struct shm_frame_header header;
-        uint64_t pin_ids[RK_TRANSPORT_ITEMS_MAX];
-    } frame;
-    size_t bytes = count * sizeof(pin_ids[0]);
     if (client->broken || count == 0) {
-        return;
+        return; /* They end with the connection. */
     }
-    shm_header_fill(&frame.header, SHM_RELEASE, 0, bytes);
-    memcpy(frame.pin_ids, pin_ids, bytes);
-    /* A store so far behind that this does not fit has stopped: its pins end with the connection.
-     */
-    static const struct rk_until now = {.deadline_ns = 0};
-    if (send_all(client, &frame, sizeof(frame.header) + bytes, &now, NULL) != RK_OK) {
-        client->broken = true;
-    }
+    RK_ASSERT(count <= client->returned_room - client->num_returned);
+    memcpy(client->returned + client->num_returned, pin_ids, count * sizeof(pin_ids[0]));
+    client->num_returned += count;
+    (void)returns_flush(client);
 }
 
 /* ---- Connect ---- */
@@ -214,10 +300,7 @@ static enum rk_status hello_recv(struct shm_client *client,
                                  struct rk_error *error)
 {
     uint8_t bytes[sizeof(struct shm_frame_header) + sizeof(struct shm_hello_reply)];
-    union {
-        struct cmsghdr align;
-        char bytes[CMSG_SPACE(sizeof(int))];
-    } control = {0};
+    union descriptors_room control;
     struct iovec part = {.iov_base = bytes, .iov_len = sizeof(bytes)};
     struct msghdr message = {.msg_iov = &part,
                              .msg_iovlen = 1,
@@ -228,10 +311,8 @@ static enum rk_status hello_recv(struct shm_client *client,
                             "the store's shared memory: the store does not answer in time");
     }
     ssize_t got = recvmsg(client->fd, &message, MSG_CMSG_CLOEXEC);
-    struct cmsghdr *rights = got > 0 ? CMSG_FIRSTHDR(&message) : NULL;
-    if (rights && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS &&
-        rights->cmsg_len == CMSG_LEN(sizeof(int))) {
-        memcpy(ret_arena_fd, CMSG_DATA(rights), sizeof(int));
+    if (got > 0 && !descriptors_take(&message, ret_arena_fd)) {
+        return lost(client, error, "no descriptor of its memory, or more than one");
     }
     struct shm_frame frame;
     size_t needed = 0;
@@ -293,6 +374,8 @@ static void shm_destroy(void *connection)
     }
     rk_free(client->in);
     rk_free(client->request.data);
+    rk_free(client->release.data);
+    rk_free(client->returned);
     rk_free(client);
 }
 
@@ -352,6 +435,10 @@ static enum rk_status request_send(struct shm_client *client, enum shm_frame_typ
     if (request->failed) {
         return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a request");
     }
+    enum rk_status status = returns_send(client, until, error);
+    if (status != RK_OK) {
+        return status;
+    }
     shm_header_fill(&header, type, client->request_id, request->bytes - sizeof(header));
     memcpy(request->data, &header, sizeof(header));
     return send_all(client, request->data, request->bytes, until, error);
@@ -365,7 +452,11 @@ static void late_release(struct shm_client *client, const struct shm_frame *fram
     uint32_t count = 0;
     uint32_t pins = 0;
     (void)wire_take(&reader, &count, sizeof(count));
-    for (uint32_t i = 0; i < count && i < RK_TRANSPORT_ITEMS_MAX; i++) {
+    if (count > RK_TRANSPORT_ITEMS_MAX || count > client->pins_max) {
+        client->broken = true; /* More than was ever asked for. */
+        return;
+    }
+    for (uint32_t i = 0; i < count; i++) {
         struct wire_found found;
         if (!wire_take(&reader, &found, sizeof(found))) {
             break;
@@ -381,6 +472,7 @@ static void late_release(struct shm_client *client, const struct shm_frame *fram
             pin_ids[pins++] = found.pin_id;
         }
     }
+    client->pins_max -= count - pins;
     pins_release(client, pin_ids, pins);
 }
 
@@ -441,6 +533,7 @@ static enum rk_status found_read(struct shm_client *client, const struct shm_fra
 {
     struct wire_reader reader = {frame->body, frame->header.body_bytes};
     uint32_t count = 0;
+    size_t pins = 0;
     if (!wire_take(&reader, &count, sizeof(count)) || count != num_gets) {
         return lost(client, error, "an answer to another question");
     }
@@ -451,6 +544,7 @@ static enum rk_status found_read(struct shm_client *client, const struct shm_fra
             wire_found_parse(&reader, true, &gets[i], &pages[i], &found, &entries, error);
         if (status == RK_OK && pages[i].status == RK_OK) {
             pages[i].hold = (void *)(uintptr_t)found.pin_id;
+            pins++;
             status = seal_find(client, &found, &pages[i], error);
         }
         if (status == RK_OK && pages[i].status == RK_OK) {
@@ -461,6 +555,7 @@ static enum rk_status found_read(struct shm_client *client, const struct shm_fra
             return status;
         }
     }
+    client->pins_max -= num_gets - pins;
     return RK_OK;
 }
 
@@ -475,7 +570,13 @@ static enum rk_status shm_get(void *connection, const struct rk_get *gets, size_
     client->request_id++;
     request_begin(client);
     wire_gets_append(&client->request, gets, num_gets);
+    if (!returns_reserve(client, num_gets)) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a request");
+    }
     enum rk_status status = request_send(client, SHM_GET, until, error);
+    if (status != RK_OK) { /* It was not asked, or the connection is broken. */
+        client->pins_max -= num_gets;
+    }
     bool ours = false;
     while (status == RK_OK && !ours) {
         struct shm_frame frame;
@@ -514,13 +615,24 @@ static void shm_release(void *connection, struct rk_pages *pages, size_t num_pag
             pin_ids[pins++] = (uint64_t)(uintptr_t)pages[i].hold;
             pages[i].hold = NULL;
         }
+        if (pins == RK_TRANSPORT_ITEMS_MAX) {
+            pins_release(connection, pin_ids, pins);
+            pins = 0;
+        }
     }
     pins_release(connection, pin_ids, pins);
 }
 
+static bool shm_flush(void *connection)
+{
+    struct shm_client *client = connection;
+    return client->broken || returns_flush(client) != RK_ERR_BUSY;
+}
+
 /* ---- Put ---- */
 
-static enum rk_status outbox_send(struct shm_client *client, int fd, struct rk_error *error)
+static enum rk_status outbox_send(struct shm_client *client, int fd, const struct rk_until *until,
+                                  struct rk_error *error)
 {
     struct __attribute__((packed)) {
         struct shm_frame_header header;
@@ -541,13 +653,21 @@ static enum rk_status outbox_send(struct shm_client *client, int fd, struct rk_e
     rights->cmsg_type = SCM_RIGHTS;
     rights->cmsg_len = CMSG_LEN(sizeof(int));
     memcpy(CMSG_DATA(rights), &fd, sizeof(int));
-    if (sendmsg(client->fd, &message, MSG_NOSIGNAL) != (ssize_t)sizeof(frame)) {
-        return lost(client, error, "the store does not take our outbox");
+    enum rk_status status = returns_send(client, until, error);
+    ssize_t sent = -1;
+    while (status == RK_OK && sent < 0) { /* So few bytes are taken as a whole, or not. */
+        sent = sendmsg(client->fd, &message, MSG_NOSIGNAL);
+        if (sent < 0 && errno == EAGAIN) {
+            status = wait_for(client, POLLOUT, until);
+        } else if (sent != (ssize_t)sizeof(frame) && (sent >= 0 || errno != EINTR)) {
+            status = lost(client, error, "the store does not take our outbox");
+        }
     }
-    return RK_OK;
+    return status;
 }
 
-static enum rk_status outbox_make(struct shm_client *client, struct rk_error *error)
+static enum rk_status outbox_make(struct shm_client *client, const struct rk_until *until,
+                                  struct rk_error *error)
 {
     size_t bytes = OUTBOX_SLOTS * SLOT_BYTES;
     int fd = memfd_create("redknot-outbox", MFD_CLOEXEC | MFD_ALLOW_SEALING);
@@ -561,7 +681,7 @@ static enum rk_status outbox_make(struct shm_client *client, struct rk_error *er
         (void)rk_error_set(error, status, "no shared memory for what is put: %s", strerror(errno));
     } else {
         client->outbox = outbox;
-        status = outbox_send(client, fd, error);
+        status = outbox_send(client, fd, until, error);
     }
     if (fd >= 0) {
         close(fd);
@@ -654,7 +774,7 @@ static enum rk_status shm_put(void *connection, struct rk_put *puts, size_t num_
     frame->parts = parts;
     frame->parts_max = SLOT_PARTS;
     if (!client->outbox) {
-        status = outbox_make(client, error);
+        status = outbox_make(client, until, error);
     }
     if (status == RK_OK) {
         status = put_send(client, puts, num_puts, until, frame, error);
@@ -676,6 +796,7 @@ const struct transport_ops transport_shm = {
     .get = shm_get,
     .release = shm_release,
     .put = shm_put,
+    .flush = shm_flush,
     .destroy = shm_destroy,
     .alive = shm_alive,
 };

@@ -12,6 +12,7 @@
  * Whoever breaks the protocol is no longer read from and no longer answered
  * (its end sees the end of the stream), and keeps its pins until it closes.
  */
+#include "common/transport/descriptors_internal.h"
 #include "common/transport/spin_internal.h"
 #include "common/transport/wire_internal.h"
 
@@ -549,8 +550,14 @@ static enum rk_status drain_frames(struct rk_shm_server *server, struct connecti
     if (status != RK_OK && status != RK_ERR_BUSY) {
         return status;
     }
-    memmove(connection->in, connection->in + at, connection->in_bytes - at);
     connection->in_bytes -= at;
+    if (at > 0 && connection->in_bytes > 0) {
+        memmove(connection->in, connection->in + at, connection->in_bytes);
+    }
+    if (connection->in_bytes == 0 && connection->fd_received >= 0) {
+        *ret_why = "a descriptor beside a frame that takes none";
+        return RK_ERR_INVALID;
+    }
     if (connection->in_bytes == 0 && connection->in_room > IN_KEPT_MAX) {
         rk_free(connection->in);
         connection->in = NULL;
@@ -560,12 +567,10 @@ static enum rk_status drain_frames(struct rk_shm_server *server, struct connecti
 }
 
 /* Keeps a descriptor that comes beside the bytes, for an OUTBOX. */
-static ssize_t recv_with_descriptor(struct connection *connection)
+static enum rk_status recv_with_descriptor(struct connection *connection, const char **ret_why)
 {
-    union {
-        struct cmsghdr align;
-        char bytes[CMSG_SPACE(sizeof(int))];
-    } control = {0};
+    union descriptors_room control;
+    int fd = -1;
     struct iovec part = {.iov_base = connection->in + connection->in_bytes,
                          .iov_len = connection->in_room - connection->in_bytes};
     struct msghdr message = {.msg_iov = &part,
@@ -573,16 +578,25 @@ static ssize_t recv_with_descriptor(struct connection *connection)
                              .msg_control = control.bytes,
                              .msg_controllen = sizeof(control.bytes)};
     ssize_t got = recvmsg(connection->fd, &message, MSG_CMSG_CLOEXEC);
-    struct cmsghdr *rights = got > 0 ? CMSG_FIRSTHDR(&message) : NULL;
-    if (rights && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS &&
-        rights->cmsg_len == CMSG_LEN(sizeof(int))) {
-        close_if_open(connection->fd_received);
-        memcpy(&connection->fd_received, CMSG_DATA(rights), sizeof(int));
+    if (got <= 0) {
+        bool later = got < 0 && (errno == EAGAIN || errno == EINTR);
+        return later ? RK_ERR_BUSY : RK_ERR_UNAVAILABLE;
     }
-    return got;
+    connection->in_bytes += (size_t)got;
+    if (!descriptors_take(&message, &fd)) {
+        *ret_why = "more than one descriptor, or one too many for this process";
+        return RK_ERR_INVALID;
+    }
+    if (fd >= 0 && connection->fd_received >= 0) {
+        close(fd);
+        *ret_why = "a descriptor before the one before it was used";
+        return RK_ERR_INVALID;
+    }
+    connection->fd_received = fd >= 0 ? fd : connection->fd_received;
+    return RK_OK;
 }
 
-static enum rk_status read_some(struct connection *connection, size_t needed)
+static enum rk_status read_some(struct connection *connection, size_t needed, const char **ret_why)
 {
     size_t room = needed > IN_BYTES_FIRST ? needed : IN_BYTES_FIRST;
     if (room > connection->in_room) {
@@ -593,13 +607,7 @@ static enum rk_status read_some(struct connection *connection, size_t needed)
         connection->in = in;
         connection->in_room = room;
     }
-    ssize_t got = recv_with_descriptor(connection);
-    if (got > 0) {
-        connection->in_bytes += (size_t)got;
-        return RK_OK;
-    }
-    bool later = got < 0 && (errno == EAGAIN || errno == EINTR);
-    return later ? RK_ERR_BUSY : RK_ERR_UNAVAILABLE;
+    return recv_with_descriptor(connection, ret_why);
 }
 
 static void serve(struct rk_shm_server *server, struct connection *connection, short events)
@@ -618,7 +626,7 @@ static void serve(struct rk_shm_server *server, struct connection *connection, s
         status = drain_frames(server, connection, &needed, &why);
     }
     for (uint32_t i = 0; i < READS_A_TURN && status == RK_OK && connection->out.bytes == 0; i++) {
-        status = read_some(connection, needed);
+        status = read_some(connection, needed, &why);
         if (status == RK_OK) {
             status = drain_frames(server, connection, &needed, &why);
         }

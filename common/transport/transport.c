@@ -230,6 +230,11 @@ enum rk_status transport_identity_check(const char *wanted_id, uint64_t wanted_i
     return RK_OK;
 }
 
+bool rk_transport_flush(struct rk_transport *transport)
+{
+    return !transport->ops->flush || transport->ops->flush(transport->connection);
+}
+
 static bool put_sensible(const struct rk_put *put)
 {
     return put->bytes > 0 && put->page_bytes > 0 &&

@@ -142,7 +142,13 @@ RK_MUST_CHECK enum rk_status rk_transport_get(struct rk_transport *transport,
                                               const struct rk_get *gets, size_t num_gets,
                                               const struct rk_until *until,
                                               struct rk_pages *ret_pages, struct rk_error *error);
+/* Never blocks, and never fails: what a store that is behind does not take is kept, and goes with
+ * the next request or rk_transport_flush(). */
 void rk_transport_release(struct rk_transport *transport, struct rk_pages *pages, size_t num_pages);
+/* Tries to send what releases left here, for a connection that lies idle: the store cannot evict
+ * what it still takes for pinned. Cheap when there is nothing; never blocks. False: some is left.
+ */
+bool rk_transport_flush(struct rk_transport *transport);
 /*
  * Are these pages still what they were when they came? RK_OK: whatever was read of them before the
  * call was. RK_MISS_EVICTED: their room was given to another, though they are pinned. That is a

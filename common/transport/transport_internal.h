@@ -24,6 +24,7 @@ struct transport_ops {
     enum rk_status (*put)(void *connection, struct rk_put *puts, size_t num_puts,
                           const struct rk_until *until, struct rk_error *error);
     void (*destroy)(void *connection);
+    bool (*flush)(void *connection); /* NULL: nothing is ever left */
     /* NULL: its pages are copies. Any thread. */
     bool (*alive)(const void *connection);
 };

@@ -530,14 +530,14 @@ static void random_bytes_never_crash(void **state)
 /* ---- A sick store ---- */
 
 /* A server in a process of its own. */
-static pid_t server_fork(struct arena *arena)
+static pid_t server_fork(struct arena *arena, uint32_t pins_max)
 {
     int ready[2];
     char byte = 0;
     assert_int_equal(pipe(ready), 0);
     pid_t child = fork();
     if (child == 0) {
-        server_start(arena, 5, 8);
+        server_start(arena, pins_max, 8);
         if (write(ready[1], "r", 1) == 1) {
             pause();
         }
@@ -552,7 +552,7 @@ static pid_t server_fork(struct arena *arena)
 static void a_stopped_store_is_a_miss_in_time(void **state)
 {
     struct arena *arena = *state;
-    pid_t child = server_fork(arena);
+    pid_t child = server_fork(arena, 5);
     struct rk_transport *reader = reader_connect(arena);
     struct rk_pages held = {0};
     struct rk_pages pages = {0};
@@ -586,6 +586,169 @@ static void a_stopped_store_is_a_miss_in_time(void **state)
     rk_transport_release(reader, &held, 1);
     rk_transport_destroy(reader);
     /* A socket nobody listens on is replaced. */
+    server_start(arena, 4, 8);
+}
+
+static void store_stop(pid_t child)
+{
+    int stopped = 0;
+    kill(child, SIGSTOP);
+    assert_int_equal(waitpid(child, &stopped, WUNTRACED), child); /* It takes effect later. */
+    assert_true(WIFSTOPPED(stopped));
+}
+
+/* More frames than a socket takes: what is given back is kept, and costs no connection. */
+static void releases_wait_for_a_store_that_is_behind(void **state)
+{
+    enum { PINS = 3000 };
+    static struct rk_pages pages[PINS];
+    struct arena *arena = *state;
+    pid_t child = server_fork(arena, PINS);
+    struct rk_transport *reader = reader_connect(arena);
+    const struct rk_extent one = {0, 0, 3, 4};
+    struct rk_get get = get_of(&one, 1);
+    for (int round = 0; round < 2; round++) { /* The second time only if all came back. */
+        for (int i = 0; i < PINS; i++) {
+            assert_int_equal(get_one(reader, &get, WAIT_MS, &pages[i], NULL), RK_OK);
+        }
+        store_stop(child);
+        int64_t begin_ns = rk_clock_ns();
+        for (int i = 0; i < PINS; i++) {
+            rk_transport_release(reader, &pages[i], 1);
+        }
+        assert_true(rk_clock_ns() - begin_ns < INT64_C(1000000000));
+        assert_int_equal(get_one(reader, &get, 30, &pages[0], NULL), RK_ERR_DEADLINE);
+        assert_true(rk_transport_alive(reader));
+        assert_false(rk_transport_flush(reader));
+        kill(child, SIGCONT);
+        int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
+        while (!rk_transport_flush(reader)) {
+            assert_true(rk_deadline_left_ms(deadline_ns) > 0);
+        }
+    }
+    /* A put has the same way before it. */
+    for (int i = 0; i < PINS; i++) {
+        assert_int_equal(get_one(reader, &get, WAIT_MS, &pages[i], NULL), RK_OK);
+    }
+    store_stop(child);
+    for (int i = 0; i < PINS; i++) {
+        rk_transport_release(reader, &pages[i], 1);
+    }
+    kill(child, SIGCONT);
+    const void *put_pages[] = {arena->pages.bytes};
+    const struct pinned_head head = {.bytes = 4096, .page_bytes = 4096};
+    struct rk_put put = {.head = &head,
+                         .head_bytes = sizeof(head),
+                         .pages = put_pages,
+                         .num_pages = 1,
+                         .page_bytes = 4096,
+                         .bytes = 4096};
+    const struct rk_until until = {.deadline_ns = rk_deadline_in_ms(WAIT_MS)};
+    assert_int_equal(rk_transport_put(reader, &put, 1, &until, NULL), RK_OK);
+    assert_int_equal(put.status, RK_OK);
+    rk_transport_destroy(reader);
+    kill(child, SIGKILL);
+    assert_int_equal(waitpid(child, NULL, 0), child);
+    server_start(arena, 4, 8);
+}
+
+/* ---- Descriptors ---- */
+
+static int descriptors_open(void)
+{
+    int count = 0;
+    for (int fd = 0; fd < 1024; fd++) {
+        count += fcntl(fd, F_GETFD) >= 0;
+    }
+    return count;
+}
+
+/* These bytes, with so many descriptors beside them. */
+static void raw_send_with(int fd, const void *data, size_t bytes, size_t num_fds)
+{
+    union {
+        struct cmsghdr align;
+        char bytes[CMSG_SPACE(253 * sizeof(int))];
+    } control = {.bytes = {0}};
+    struct iovec part = {.iov_base = (void *)(uintptr_t)data, .iov_len = bytes};
+    struct msghdr message = {.msg_iov = &part,
+                             .msg_iovlen = 1,
+                             .msg_control = control.bytes,
+                             .msg_controllen = CMSG_SPACE(num_fds * sizeof(int))};
+    struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
+    rights->cmsg_level = SOL_SOCKET;
+    rights->cmsg_type = SCM_RIGHTS;
+    rights->cmsg_len = CMSG_LEN(num_fds * sizeof(int));
+    for (size_t i = 0; i < num_fds; i++) {
+        memcpy(CMSG_DATA(rights) + i * sizeof(int), &fd, sizeof(int));
+    }
+    (void)sendmsg(fd, &message, MSG_NOSIGNAL);
+}
+
+static void descriptors_beside_frames_are_closed(void **state)
+{
+    static const size_t counts[] = {1, 2, 3, 100, 253};
+    struct arena *arena = *state;
+    const struct raw_get frame = raw_get_all();
+    const int before = descriptors_open();
+    for (int round = 0; round < 20; round++) {
+        for (size_t i = 0; i < sizeof(counts) / sizeof(counts[0]); i++) {
+            int fd = raw_connect(arena);
+            raw_hello(fd);
+            if (round % 2) { /* In the middle of a frame. */
+                raw_send_with(fd, &frame, 5, counts[i]);
+                raw_send_with(fd, (const uint8_t *)&frame + 5, sizeof(frame) - 5, counts[i]);
+            } else {
+                raw_send_with(fd, &frame, sizeof(frame), counts[i]);
+            }
+            close(fd);
+        }
+    }
+    struct rk_transport *reader = reader_connect(arena);
+    puts_arrive_whole(reader, &arena->pages); /* The one descriptor that is wanted. */
+    rk_transport_destroy(reader);
+    pins_become(arena, 0);
+    int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
+    while (descriptors_open() > before && rk_deadline_left_ms(deadline_ns) > 0) {
+        rk_clock_sleep_ms(1);
+    }
+    assert_int_equal(descriptors_open(), before);
+}
+
+/* A store that hands over more than its memory. */
+static void more_than_an_arena_is_refused(void **state)
+{
+    struct arena *arena = *state;
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    snprintf(address.sun_path, sizeof(address.sun_path), "%s", arena->socket);
+    int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert_int_equal(bind(listener, (struct sockaddr *)&address, sizeof(address)), 0);
+    assert_int_equal(listen(listener, 4), 0);
+    pid_t child = fork();
+    for (int round = 0; child == 0 && round < 3; round++) {
+        struct __attribute__((packed)) {
+            struct shm_frame_header header;
+            struct shm_hello_reply body;
+        } reply = {.body.arena_bytes = 4096};
+        shm_header_fill(&reply.header, SHM_HELLO_REPLY, 0, sizeof(reply.body));
+        int fd = accept(listener, NULL, NULL);
+        char hello[sizeof(reply.header)];
+        if (recv(fd, hello, sizeof(hello), MSG_WAITALL) == (ssize_t)sizeof(hello)) {
+            raw_send_with(fd, &reply, sizeof(reply), (size_t)(round + 1));
+        }
+        close(fd);
+    }
+    if (child == 0) {
+        _exit(0);
+    }
+    close(listener);
+    const int before = descriptors_open();
+    for (int round = 0; round < 3; round++) {
+        assert_null(reader_connect(arena));
+        assert_int_equal(descriptors_open(), before);
+    }
+    assert_int_equal(waitpid(child, NULL, 0), child);
+    assert_int_equal(unlink(arena->socket), 0);
     server_start(arena, 4, 8);
 }
 
@@ -651,6 +814,9 @@ int main(void)
         SERVED(random_bytes_never_crash),
         SERVED(the_socket_is_private_and_single),
         ALONE(a_stopped_store_is_a_miss_in_time),
+        ALONE(releases_wait_for_a_store_that_is_behind),
+        SERVED(descriptors_beside_frames_are_closed),
+        ALONE(more_than_an_arena_is_refused),
         ALONE(start_survives_each_failed_allocation),
     };
     rk_log_init("test", RK_LOG_LEVEL_ERROR);
