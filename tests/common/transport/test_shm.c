@@ -27,6 +27,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -690,6 +691,9 @@ static void descriptors_beside_frames_are_closed(void **state)
     static const size_t counts[] = {1, 2, 3, 100, 253};
     struct arena *arena = *state;
     const struct raw_get frame = raw_get_all();
+    struct rk_transport *first =
+        reader_connect(arena); /* The server's own are open from then on. */
+    assert_non_null(first);
     const int before = descriptors_open();
     for (int round = 0; round < 20; round++) {
         for (size_t i = 0; i < sizeof(counts) / sizeof(counts[0]); i++) {
@@ -713,6 +717,89 @@ static void descriptors_beside_frames_are_closed(void **state)
         rk_clock_sleep_ms(1);
     }
     assert_int_equal(descriptors_open(), before);
+    rk_transport_destroy(first);
+}
+
+static unsigned lines_of(const char *path, const char *event)
+{
+    char line[512];
+    unsigned count = 0;
+    FILE *log = fopen(path, "r");
+    while (log && fgets(line, sizeof(line), log)) {
+        count += strstr(line, event) != NULL;
+    }
+    if (log) {
+        (void)fclose(log);
+    }
+    return count;
+}
+
+/* Nobody is kept waiting, the readers that there are least of all, and the log is not flooded. */
+static void no_descriptor_left(void **state)
+{
+    struct arena *arena = *state;
+    char log[128];
+    char byte = 0;
+    int ready[2];
+    int fds[30];
+    snprintf(log, sizeof(log), "%s/log", arena->folder);
+    assert_int_equal(pipe(ready), 0);
+    pid_t child = fork();
+    if (child == 0) {
+        int out = open(log, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+        (void)dup2(out, STDERR_FILENO);
+        rk_log_init("test", RK_LOG_LEVEL_INFO);
+        server_start(arena, 4, 64);
+        struct rlimit limit = {0};
+        int next = dup(0);
+        close(next);
+        (void)getrlimit(RLIMIT_NOFILE, &limit);
+        limit.rlim_cur = (rlim_t)next + 16;
+        (void)setrlimit(RLIMIT_NOFILE, &limit);
+        if (write(ready[1], "r", 1) == 1) {
+            pause();
+        }
+        _exit(0);
+    }
+    assert_int_equal(read(ready[0], &byte, 1), 1);
+    close(ready[0]);
+    close(ready[1]);
+    struct rk_transport *reader = reader_connect(arena);
+    struct rk_get get = get_of(two_extents, 2);
+    struct rk_pages pages;
+    int64_t deadline_ns = rk_deadline_in_ms(1000);
+    int64_t slowest_ns = 0;
+    while (rk_deadline_left_ms(deadline_ns) > 0) {
+        for (int i = 0; i < 30; i++) {
+            fds[i] = raw_connect(arena);
+        }
+        for (int i = 0; i < 100; i++) {
+            int64_t begin_ns = rk_clock_ns();
+            assert_int_equal(get_one(reader, &get, WAIT_MS, &pages, NULL), RK_OK);
+            rk_transport_release(reader, &pages, 1);
+            int64_t took_ns = rk_clock_ns() - begin_ns;
+            slowest_ns = took_ns > slowest_ns ? took_ns : slowest_ns;
+        }
+        is_dropped(fds[29]); /* Told at once, or within the pause. */
+        for (int i = 0; i < 29; i++) {
+            close(fds[i]);
+        }
+    }
+    print_message("slowest get %lld us\n", (long long)slowest_ns / 1000);
+    struct rk_transport *later = reader_connect(arena); /* There are descriptors again. */
+    for (int i = 0; i < 100 && !later; i++) {
+        rk_clock_sleep_ms(20);
+        later = reader_connect(arena);
+    }
+    assert_non_null(later);
+    rk_transport_destroy(later);
+    rk_transport_destroy(reader);
+    kill(child, SIGKILL);
+    assert_int_equal(waitpid(child, NULL, 0), child);
+    unsigned lines = lines_of(log, "shm_reader_refused");
+    assert_true(lines >= 1 && lines <= 2);
+    assert_int_equal(unlink(log), 0);
+    server_start(arena, 4, 8);
 }
 
 /* A store that hands over more than its memory. */
@@ -817,6 +904,7 @@ int main(void)
         ALONE(releases_wait_for_a_store_that_is_behind),
         SERVED(descriptors_beside_frames_are_closed),
         ALONE(more_than_an_arena_is_refused),
+        ALONE(no_descriptor_left),
         ALONE(start_survives_each_failed_allocation),
     };
     rk_log_init("test", RK_LOG_LEVEL_ERROR);
