@@ -47,7 +47,8 @@ enum cli_letter {
 
 struct cli_common {
     const char *coordinator; /* never NULL after parsing */
-    bool coordinator_given;
+    bool coordinator_given;  /* --coordinator */
+    bool coordinator_env;    /* else: $REDKNOT_COORDINATOR */
     bool json;
 };
 extern const struct argp_child cli_common_children[]; /* child 0's input: struct cli_common */
@@ -156,6 +157,8 @@ void cli_report_print(FILE *file, const struct rk_report *report, bool verbose);
 
 int cli_up(int argc, char **argv);
 int cli_down(int argc, char **argv);
+int cli_restart(int argc, char **argv);
+int cli_logs(int argc, char **argv);
 int cli_put(int argc, char **argv);
 int cli_generate(int argc, char **argv);
 int cli_status(int argc, char **argv);

@@ -33,7 +33,8 @@ static error_t parse_common(int key, char *arg, struct argp_state *state)
     switch (key) {
     case ARGP_KEY_INIT: {
         const char *address = getenv("REDKNOT_COORDINATOR");
-        common->coordinator = address && address[0] ? address : CLI_COORDINATOR_DEFAULT;
+        common->coordinator_env = address && address[0];
+        common->coordinator = common->coordinator_env ? address : CLI_COORDINATOR_DEFAULT;
         return 0;
     }
     case CLI_LETTER_COORDINATOR:

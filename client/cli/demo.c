@@ -81,7 +81,6 @@ struct demo {
     size_t num_questions;
     char dir[PATH_MAX]; /* of the examples */
     char state_dir[PATH_MAX];
-    char model[PATH_MAX];
     struct cluster cluster;
     bool running;
     json_t *rows;
@@ -232,21 +231,23 @@ static enum rk_status start_cluster(struct demo *demo, const struct demo_argumen
         demo->state_dir[0] = 0;
         return status;
     }
-    cluster_default_model(demo->model);
-    struct cluster_options options = {.dir = demo->state_dir,
-                                      .model = arguments->model ? arguments->model : demo->model,
-                                      .mode = "bf16",
-                                      .dram = "1GiB",
-                                      .num_workers = DEMO_WORKERS,
-                                      .num_stores = 1,
-                                      .base_port = cluster_free_ports(1, DEMO_WORKERS)};
+    struct cluster_options options = {.dir = demo->state_dir};
+    struct cluster_settings *settings = &options.settings;
+    uint32_t started = 0;
+    cluster_settings_default(settings);
+    if (arguments->model) {
+        (void)snprintf(settings->model, sizeof(settings->model), "%s", arguments->model);
+    }
+    settings->num_workers = DEMO_WORKERS;
+    settings->base_port = cluster_free_ports(1, DEMO_WORKERS);
     /* One question runs at a time, so each worker may have all processors. */
     long processors = sysconf(_SC_NPROCESSORS_ONLN);
-    options.threads = processors > 0 ? (uint32_t)processors : 1;
-    if (options.base_port == 0) {
+    settings->threads = processors > 0 ? (uint32_t)processors : 1;
+    if (settings->base_port == 0) {
         return rk_error_set(error, RK_ERR_IO, "no free ports on 127.0.0.1");
     }
-    enum rk_status status = cluster_start(&options, DEMO_UP_TIMEOUT_MS, &demo->cluster, error);
+    enum rk_status status =
+        cluster_start(&options, DEMO_UP_TIMEOUT_MS, &demo->cluster, &started, error);
     demo->running = status == RK_OK;
     return status;
 }
@@ -287,7 +288,7 @@ static void remove_tree(const char *path, int depth)
 static void demo_clear(struct demo *demo, bool keep_logs)
 {
     if (demo->running) {
-        (void)cluster_stop(&demo->cluster, DEMO_DOWN_TIMEOUT_MS);
+        (void)cluster_stop(&demo->cluster, DEMO_DOWN_TIMEOUT_MS, false);
     }
     if (demo->state_dir[0] && keep_logs) {
         (void)fprintf(stderr, "redknot: the logs are in %s/logs\n", demo->state_dir);

@@ -14,6 +14,8 @@ static const struct {
 } commands[] = {
     {"up", cli_up, "start a coordinator, stores and workers on this machine"},
     {"down", cli_down, "stop what `up` started"},
+    {"restart", cli_restart, "start one process of it again"},
+    {"logs", cli_logs, "show the logs of its processes"},
     {"put", cli_put, "compute documents once and store their KV"},
     {"generate", cli_generate, "answer a prompt over documents in any order"},
     {"status", cli_status, "show nodes and stored segments"},

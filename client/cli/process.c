@@ -13,51 +13,14 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-uint64_t process_start_time(pid_t pid)
-{
-    char path[64];
-    char text[1024];
-    (void)snprintf(path, sizeof(path), "/proc/%d/stat", (int)pid);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) {
-        return 0;
-    }
-    ssize_t bytes = read(fd, text, sizeof(text) - 1);
-    (void)close(fd);
-    if (bytes <= 0) {
-        return 0;
-    }
-    text[bytes] = 0;
-    /* proc(5): the name may hold anything, so fields are counted behind its last parenthesis. */
-    char *field = strrchr(text, ')');
-    if (!field || field[1] != ' ' || field[2] == 'Z' || field[2] == 'X') {
-        return 0;
-    }
-    field += 2;
-    for (int i = 3; i < 22; i++) { /* Field 3 is the state, field 22 the start time. */
-        field = strchr(field, ' ');
-        if (!field) {
-            return 0;
-        }
-        field++;
-    }
-    return strtoull(field, NULL, 10);
-}
-
+/* Of a program that was built again while it runs, the name is the same and the file is not. */
 static bool runs_program(const struct cluster_process *process)
 {
-    char path[64];
     char program[PATH_MAX];
-    (void)snprintf(path, sizeof(path), "/proc/%d/exe", (int)process->pid);
-    ssize_t bytes = readlink(path, program, sizeof(program) - 1);
-    if (bytes < 0) {
-        return false;
-    }
-    program[bytes] = 0;
-    size_t length = strlen(process->program);
-    /* A program that was built again while it ran has " (deleted)" behind its name. */
-    return strncmp(program, process->program, length) == 0 &&
-           (program[length] == 0 || strcmp(program + length, " (deleted)") == 0);
+    enum cluster_role role = CLUSTER_COORDINATOR;
+    return cluster_role_of_program(process->program, &role) && role == process->role &&
+           proc_is_ours(process->pid) && proc_program(process->pid, program) &&
+           strcmp(program, process->program) == 0;
 }
 
 int process_open(const struct cluster_process *process)
@@ -74,6 +37,21 @@ int process_open(const struct cluster_process *process)
         return -1;
     }
     return pidfd;
+}
+
+bool process_runs(const struct cluster_process *process)
+{
+    int pidfd = process_open(process);
+    if (pidfd >= 0) {
+        (void)close(pidfd);
+    }
+    return pidfd >= 0;
+}
+
+void process_terminate(int pidfd)
+{
+    (void)pidfd_send_signal(pidfd, SIGTERM, NULL, 0);
+    (void)pidfd_send_signal(pidfd, SIGCONT, NULL, 0); /* A stopped one would never take it. */
 }
 
 bool process_wait(int pidfd, int64_t deadline_ns)
@@ -96,7 +74,7 @@ void process_reap(void)
     }
 }
 
-static int spawn(const struct cluster_process *process, char *const argv[], pid_t *ret_pid)
+static int spawn(char *const argv[], int log_fd, pid_t *ret_pid)
 {
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attributes;
@@ -121,8 +99,7 @@ static int spawn(const struct cluster_process *process, char *const argv[], pid_
     (void)posix_spawnattr_setsigdefault(&attributes, &defaults);
     rc = posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0);
     if (rc == 0) {
-        rc = posix_spawn_file_actions_addopen(&actions, 1, process->log,
-                                              O_WRONLY | O_CREAT | O_APPEND, 0600);
+        rc = posix_spawn_file_actions_adddup2(&actions, log_fd, 1);
     }
     if (rc == 0) {
         rc = posix_spawn_file_actions_adddup2(&actions, 1, 2);
@@ -135,11 +112,11 @@ static int spawn(const struct cluster_process *process, char *const argv[], pid_
     return rc;
 }
 
-enum rk_status process_spawn(struct cluster_process *process, char *const argv[],
+enum rk_status process_spawn(struct cluster_process *process, char *const argv[], int log_fd,
                              struct rk_error *error)
 {
     pid_t pid = 0;
-    int rc = spawn(process, argv, &pid);
+    int rc = spawn(argv, log_fd, &pid);
     if (rc != 0) {
         return rk_error_set(error, RK_ERR_IO, "%s: %s; it must lie beside the redknot program",
                             argv[0], strerror(rc));

@@ -108,7 +108,13 @@ static void exit_codes_and_messages(void **state)
         {"drop", 2, "no segment id given"},
         {"drop 12ab", 2, "12ab"},
         {"eval", 2, "no file given"},
-        {"up --workers 0", 2, "--workers"},
+        {"up --workers 17", 2, "--workers"},
+        {"up --context 1", 2, "--context"},
+        {"up --path rdma", 2, "--path"},
+        {"up -c 127.0.0.1:7100", 1, "--base-port"},
+        {"restart", 2, "no node given"},
+        {"restart --dir $D store-0", 1, "no cluster was started there"},
+        {"logs --dir $D/absent store-0", 1, "no such folder"},
         {"up --dram lots", 2, "--dram"},
         {"up --mode f16", 2, "--mode"},
         {"put $D/absent.txt", 1, "absent.txt: No such file"},
@@ -145,8 +151,8 @@ static void exit_codes_and_messages(void **state)
     }
 }
 
-static const char *const commands[] = {"up",   "down",     "put",  "generate", "status",
-                                       "drop", "tokenize", "eval", "value",    "demo"};
+static const char *const commands[] = {"restart", "logs", "up",       "down", "put",   "generate",
+                                       "status",  "drop", "tokenize", "eval", "value", "demo"};
 static const char *const daemons[] = {"redknot-coordinator", "redknot-kvstore", "redknot-worker"};
 
 /* "  -m, --model=FILE ..." says that m is --model. */
