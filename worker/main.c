@@ -285,6 +285,9 @@ static enum rk_status load_model(struct worker *worker, const struct arguments *
         status = tokenizer_create(model_vocabulary(model), &worker->tokenizer, error);
     }
     if (status == RK_OK) {
+        status = tokenizer_check(worker->tokenizer, error);
+    }
+    if (status == RK_OK) {
         status = engine_create(model, &options, &worker->engine, error);
     }
     if (status == RK_OK) {

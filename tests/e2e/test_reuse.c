@@ -8,12 +8,14 @@
  */
 #include "tests/e2e/cluster.h"
 #include "tests/e2e/documents.h"
+#include "tests/support/golden.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
@@ -400,6 +402,79 @@ static void exact_keeps_to_its_own_arithmetic(void **unused)
     cluster_stop(&cluster);
 }
 
+/* The golden model, with its flag set that asks for a token in front of each text. */
+static void write_model_with_bos(const char *path)
+{
+    static const char key[] = "tokenizer.ggml.add_bos_token";
+    FILE *from = fopen(golden_model_path(), "rb");
+    FILE *to = fopen(path, "wb");
+    static char block[1 << 22]; /* The key is near the front. */
+    size_t bytes = 0;
+    bool found = false;
+    assert_non_null(from);
+    assert_non_null(to);
+    while ((bytes = fread(block, 1, sizeof(block), from)) > 0) {
+        char *at = memmem(block, bytes, key, sizeof(key) - 1);
+        if (at && at + sizeof(key) + 4 <= block + bytes) {
+            at[sizeof(key) - 1 + 4] = 1; /* behind the type */
+            found = true;
+        }
+        assert_int_equal(fwrite(block, 1, bytes, to), bytes);
+    }
+    assert_true(found);
+    assert_int_equal(fclose(from), 0);
+    assert_int_equal(fclose(to), 0);
+}
+
+/* One worker's model asks for a token in front of each text, the other's does not. */
+static void a_model_gets_the_beginning_it_asks_for(void **unused)
+{
+    (void)unused;
+    char path[] = "/tmp/redknot-bos-XXXXXX";
+    int fd = mkstemp(path);
+    const char *const args[] = {"--model", path, NULL};
+    struct cluster cluster;
+    struct cluster_options options = {.num_workers = 2};
+    struct rk_segment_input document = {.text = "A document of some words."};
+    int32_t ids[] = {100, 200, 300};
+    uint32_t tokens[3][2];
+    struct answer answer;
+    assert_true(fd >= 0);
+    close(fd);
+    write_model_with_bos(path);
+    options.args_of_worker[1] = args;
+    cluster_start(&cluster, &options);
+    for (int worker = 0; worker < 2; worker++) {
+        struct rk_client *client = cluster_client(&cluster, worker);
+        struct rk_generate_request request = {.prompt = {.text = "Hello world"},
+                                              .level = "exact",
+                                              .max_tokens = 2,
+                                              .raw = true,
+                                              .ignore_eos = true};
+        for (int kind = 0; kind < 3; kind++) { /* text alone, behind a segment, ids */
+            request.segments = kind == 1 ? &document : NULL;
+            request.num_segments = kind == 1;
+            if (kind == 2) {
+                request.prompt = (struct rk_segment_input){.token_ids = ids, .num_tokens = 3};
+            }
+            ask(client, &request, &answer);
+            assert_int_equal(answer.status, RK_OK);
+            tokens[kind][worker] = answer.report.prompt_tokens;
+            assert_int_equal(answer.report.num_segments,
+                             kind == 1 ? (size_t)1 + (size_t)worker : 0);
+            answer_clear(&answer);
+        }
+        rk_client_destroy(client);
+    }
+    assert_int_equal(tokens[0][0], 2);
+    assert_int_equal(tokens[0][1], 3);
+    assert_int_equal(tokens[1][1], tokens[1][0] + 1);
+    assert_int_equal(tokens[2][0], 3);
+    assert_int_equal(tokens[2][1], 3);
+    cluster_stop(&cluster);
+    assert_int_equal(unlink(path), 0);
+}
+
 int main(void)
 {
     const char *given = getenv("REDKNOT_TEST_SEED");
@@ -412,6 +487,7 @@ int main(void)
         cmocka_unit_test(fast_reuses_in_another_order),
         cmocka_unit_test(dropped_segments_are_computed),
         cmocka_unit_test(exact_keeps_to_its_own_arithmetic),
+        cmocka_unit_test(a_model_gets_the_beginning_it_asks_for),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -56,6 +56,27 @@ static enum rk_status input_tokens(const struct api *api, const Redknot__V1__Seg
                             error);
 }
 
+/* The token that the model wants this request to begin with; -1: none. Ids are taken as they are:
+ * who gives them decides. */
+static int32_t begin_id(const struct session *session, const Redknot__V1__SegmentInput *first)
+{
+    return first && first->content_case != REDKNOT__V1__SEGMENT_INPUT__CONTENT_TOKENS
+               ? tokenizer_begin_id(session->api->options.tokenizer)
+               : -1;
+}
+
+static enum rk_status begin_tokens(int32_t id, struct tokenizer_ids *ret_ids,
+                                   struct rk_error *error)
+{
+    int32_t *data = rk_alloc_zero(1, sizeof(*data));
+    if (!data) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a token");
+    }
+    data[0] = id;
+    *ret_ids = (struct tokenizer_ids){.data = data, .count = 1};
+    return RK_OK;
+}
+
 static bool given_by_id(const Redknot__V1__SegmentInput *input)
 {
     return input->content_case == REDKNOT__V1__SEGMENT_INPUT__CONTENT_SEGMENT_ID;
@@ -430,6 +451,20 @@ static enum rk_status add_chat(struct session *session, const Redknot__V1__Gener
                : status;
 }
 
+/* Segments without a chat template: the token to begin with is a segment of its own, for what
+ * stands behind it may stand anywhere. */
+static enum rk_status add_plain(struct session *session, Redknot__V1__SegmentInput **segments,
+                                size_t num_segments, struct rk_error *error)
+{
+    struct tokenizer_ids ids = {0};
+    int32_t id = num_segments > 0 ? begin_id(session, segments[0]) : -1;
+    enum rk_status status = id < 0 ? RK_OK : begin_tokens(id, &ids, error);
+    if (status == RK_OK && id >= 0) {
+        status = session_add_segment(session, ids.data, ids.count, "(begin)", error);
+    }
+    return status == RK_OK ? add_inputs(session, segments, num_segments, error) : status;
+}
+
 static enum rk_status generate_prompt(struct session *session,
                                       const Redknot__V1__GenerateRequest *request, bool chat,
                                       struct rk_error *error)
@@ -442,6 +477,9 @@ static enum rk_status generate_prompt(struct session *session,
     }
     if (chat && request->n_segments > 0) {
         status = tokenizer_encode(tokenizer, "\n\n", 2, false, false, &parts[0], error);
+    }
+    if (!chat && request->n_segments == 0 && begin_id(session, request->prompt) >= 0) {
+        status = begin_tokens(begin_id(session, request->prompt), &parts[0], error);
     }
     if (status == RK_OK) {
         status = input_tokens(session->api, request->prompt, "prompt", &parts[1], error);
@@ -578,7 +616,8 @@ static enum rk_status generate(struct api *api, struct rk_rpc_call *call,
         status = add_chat(session, request, error);
     }
     if (status == RK_OK) {
-        status = add_inputs(session, request->segments, request->n_segments, error);
+        status =
+            (chat ? add_inputs : add_plain)(session, request->segments, request->n_segments, error);
     }
     if (status == RK_OK) {
         status = generate_prompt(session, request, chat, error);
@@ -622,7 +661,8 @@ static enum rk_status score_inputs(struct session *session,
     generate.n_segments = request->n_segments;
     enum rk_status status = chat ? add_chat(session, &generate, error) : RK_OK;
     if (status == RK_OK) {
-        status = add_inputs(session, request->segments, request->n_segments, error);
+        status =
+            (chat ? add_inputs : add_plain)(session, request->segments, request->n_segments, error);
     }
     return status == RK_OK ? generate_prompt(session, &generate, chat, error) : status;
 }

@@ -31,11 +31,13 @@ static int32_t find_special(const struct tokenizer *tokenizer, const char *text)
     return -1;
 }
 
-/* Nobody may write the tokens of a turn by accident, whatever type the file gives them. */
-static void make_control(struct tokenizer *tokenizer, int32_t id)
+void tokenizer_make_control(struct tokenizer *tokenizer, int32_t id)
 {
-    uint8_t first = (uint8_t)tokenizer->bytes[tokenizer->offsets[id]];
     tokenizer->control[id] = 1;
+    if (tokenizer->offsets[id + 1] == tokenizer->offsets[id]) {
+        return; /* No text is that token. */
+    }
+    uint8_t first = (uint8_t)tokenizer->bytes[tokenizer->offsets[id]];
     for (uint32_t i = tokenizer->special_begin[first]; i < tokenizer->special_begin[first + 1];
          i++) {
         if (tokenizer->specials[i].id == id) {
@@ -129,8 +131,8 @@ enum rk_status tokenizer_build_chat(struct tokenizer *tokenizer,
     }
     tokenizer->turn_start_id = start;
     tokenizer->turn_end_id = end;
-    make_control(tokenizer, start);
-    make_control(tokenizer, end);
+    tokenizer_make_control(tokenizer, start);
+    tokenizer_make_control(tokenizer, end);
     return read_default_system(tokenizer, template, error);
 }
 
@@ -199,6 +201,12 @@ static enum rk_status append_turn(struct chat *chat, const char *role, const cha
     return status == RK_OK ? append_turn_end(chat) : status;
 }
 
+static enum rk_status append_begin(struct chat *chat)
+{
+    int32_t id = tokenizer_begin_id(chat->tokenizer);
+    return id < 0 ? RK_OK : append_id(chat, id);
+}
+
 static enum rk_status append_default_system(struct chat *chat)
 {
     const struct tokenizer *tokenizer = chat->tokenizer;
@@ -262,7 +270,8 @@ enum rk_status tokenizer_chat_encode(const struct tokenizer *tokenizer,
                                 i);
         }
     }
-    if (num_messages > 0 && strcmp(messages[0].role, "system") != 0) {
+    status = append_begin(&chat);
+    if (status == RK_OK && num_messages > 0 && strcmp(messages[0].role, "system") != 0) {
         status = append_default_system(&chat);
     }
     for (size_t i = 0; i < num_messages && status == RK_OK; i++) {
@@ -283,9 +292,10 @@ enum rk_status tokenizer_chat_open(const struct tokenizer *tokenizer, const char
     if (status != RK_OK) {
         return status;
     }
-    if (system) {
+    status = append_begin(&chat);
+    if (status == RK_OK && system) {
         status = append_turn(&chat, "system", system, strlen(system), false);
-    } else {
+    } else if (status == RK_OK) {
         status = append_default_system(&chat);
     }
     if (status == RK_OK) {

@@ -1,6 +1,7 @@
 #include "worker/tokenizer/tokenizer.h"
 
 #include "common/base/alloc.h"
+#include "common/base/log.h"
 #include "worker/model/model.h"
 #include "worker/tokenizer/tokenizer_internal.h"
 
@@ -77,6 +78,19 @@ static enum rk_status build_patterns(struct tokenizer *tokenizer, const char *pr
     return status;
 }
 
+/* Begin, end and padding are marks of ours: a file that calls one of them "user defined" would let
+ * any text end a turn. */
+static void guard_marks(struct tokenizer *tokenizer, const struct model_vocabulary *vocabulary)
+{
+    const int32_t marks[] = {vocabulary->bos_id, vocabulary->eos_id, vocabulary->padding_id};
+    for (size_t i = 0; i < sizeof(marks) / sizeof(marks[0]); i++) {
+        if (vocabulary->types && marks[i] >= 0 && (uint32_t)marks[i] < tokenizer->num_tokens &&
+            vocabulary->types[marks[i]] == TOKENIZER_TYPE_USER_DEFINED) {
+            tokenizer_make_control(tokenizer, marks[i]);
+        }
+    }
+}
+
 enum rk_status tokenizer_create(const struct model_vocabulary *vocabulary,
                                 struct tokenizer **ret_tokenizer, struct rk_error *error)
 {
@@ -101,6 +115,7 @@ enum rk_status tokenizer_create(const struct model_vocabulary *vocabulary,
         status = tokenizer_build(tokenizer, vocabulary, error);
     }
     if (status == RK_OK) {
+        guard_marks(tokenizer, vocabulary);
         status = tokenizer_build_chat(tokenizer, vocabulary, error);
     }
     if (status != RK_OK) {
@@ -335,7 +350,7 @@ enum rk_status tokenizer_encode(const struct tokenizer *tokenizer, const char *t
     struct bpe bpe = {0};
     struct id_list list = {0};
     enum rk_status status = RK_OK;
-    if (add_bos && tokenizer->add_bos && tokenizer->bos_id >= 0) {
+    if (add_bos && tokenizer_begin_id(tokenizer) >= 0) {
         status = id_list_append(&list, tokenizer->bos_id);
     }
     if (status == RK_OK) {
@@ -385,6 +400,36 @@ enum rk_status tokenizer_decode(const struct tokenizer *tokenizer, const int32_t
     }
     text[length] = '\0';
     *ret_text = (struct tokenizer_text){text, length};
+    return RK_OK;
+}
+
+int32_t tokenizer_begin_id(const struct tokenizer *tokenizer)
+{
+    return tokenizer->add_bos ? tokenizer->bos_id : -1;
+}
+
+enum rk_status tokenizer_check(const struct tokenizer *tokenizer, struct rk_error *error)
+{
+    uint32_t missing = 0;
+    for (int byte = 0; byte < 256; byte++) {
+        bool needed = (byte >= 0x20 && byte < 0x7f) || byte == '\n';
+        if (tokenizer->byte_ids[byte] < 0 && needed) {
+            return rk_error_set(error, RK_ERR_CORRUPT,
+                                "vocabulary: no token for byte 0x%02x: texts would lose that "
+                                "character; download or convert the model again",
+                                (unsigned)byte);
+        }
+        missing += tokenizer->byte_ids[byte] < 0;
+    }
+    if (missing > 0 || tokenizer->num_equal > 0) {
+        RK_LOG_WARN("vocabulary_unusual", "bytes_without_token=%u equal_tokens=%u effect=%q",
+                    missing, tokenizer->num_equal,
+                    "such bytes are left out of texts; of equal tokens the first one is used");
+    }
+    if (tokenizer->eos_id < 0 && tokenizer->turn_end_id < 0) {
+        RK_LOG_WARN("vocabulary_unusual", "end_token=none effect=%q",
+                    "answers end at their maximum of tokens only");
+    }
     return RK_OK;
 }
 

@@ -35,6 +35,13 @@ struct tokenizer_text {
 RK_MUST_CHECK enum rk_status tokenizer_create(const struct model_vocabulary *vocabulary,
                                               struct tokenizer **ret_tokenizer,
                                               struct rk_error *error);
+/*
+ * Is the vocabulary fit for service? RK_ERR_CORRUPT: a printable ASCII character, a space or a line
+ * feed has no token, so text would lose it. What is merely unusual (other bytes without a token,
+ * two equal tokens, no end) is logged once, as a warning, and served.
+ */
+RK_MUST_CHECK enum rk_status tokenizer_check(const struct tokenizer *tokenizer,
+                                             struct rk_error *error);
 void tokenizer_destroy(struct tokenizer *tokenizer); /* accepts NULL */
 
 /* parse_special: "<|im_start|>" in the text becomes its token; false for text from outside.
@@ -48,6 +55,8 @@ RK_MUST_CHECK enum rk_status tokenizer_decode(const struct tokenizer *tokenizer,
                                               size_t count, bool skip_special,
                                               struct tokenizer_text *ret_text,
                                               struct rk_error *error);
+/* The token that the vocabulary wants each text to begin with (add_bos_token); -1: none. */
+int32_t tokenizer_begin_id(const struct tokenizer *tokenizer);
 bool tokenizer_is_special(const struct tokenizer *tokenizer, int32_t id);
 bool tokenizer_is_end(const struct tokenizer *tokenizer, int32_t id); /* EOS or <|im_end|> */
 uint32_t tokenizer_vocab_size(const struct tokenizer *tokenizer);
@@ -69,7 +78,8 @@ RK_MUST_CHECK enum rk_status tokenizer_chat_encode(const struct tokenizer *token
                                                    struct tokenizer_ids *ret_ids,
                                                    struct rk_error *error);
 /* The two halves around a user turn that is made of cached segments and a question:
- * opening = system message (NULL: the model's own) and the start of the user turn;
+ * opening = the token to begin with, if any, system message (NULL: the model's own) and the start
+ * of the user turn;
  * closing = end of the user turn and the start of the assistant's. */
 RK_MUST_CHECK enum rk_status tokenizer_chat_open(const struct tokenizer *tokenizer,
                                                  const char *system, struct tokenizer_ids *ret_ids,

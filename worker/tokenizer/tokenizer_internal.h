@@ -18,6 +18,9 @@
 /* Special tokens are matched at every byte of a text: a bound for hostile vocabularies. */
 #define TOKENIZER_SPECIALS_MAX 65536
 
+/* GGUF's type of a token that is matched in any text. */
+#define TOKENIZER_TYPE_USER_DEFINED 4
+
 /* Token bytes -> id. Open addressing; 0 in slots means empty, else id + 1. */
 struct token_map {
     uint32_t *slots;
@@ -58,6 +61,7 @@ struct tokenizer {
     pcre2_code *piece;
     int32_t bos_id, eos_id;
     bool add_bos;
+    uint32_t num_equal; /* tokens that have the bytes of an earlier one: never used */
     int32_t turn_start_id, turn_end_id; /* <|im_start|>, <|im_end|>; -1: no chat */
     char *default_system;               /* NULL: the template has none */
     size_t default_system_bytes;
@@ -112,6 +116,8 @@ RK_MUST_CHECK enum rk_status tokenizer_append(const struct tokenizer *tokenizer,
 
 /* ---- chat.c ---- */
 
+/* Nobody may write this token by accident, whatever type the file gives it. */
+void tokenizer_make_control(struct tokenizer *tokenizer, int32_t id);
 /* Sets the chat fields; a template that is not ChatML leaves them off. */
 RK_MUST_CHECK enum rk_status tokenizer_build_chat(struct tokenizer *tokenizer,
                                                   const struct model_vocabulary *vocabulary,

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { TYPE_UNKNOWN = 2, TYPE_CONTROL = 3, TYPE_USER_DEFINED = 4 };
+enum { TYPE_UNKNOWN = 2, TYPE_CONTROL = 3, TYPE_USER_DEFINED = TOKENIZER_TYPE_USER_DEFINED };
 
 /* The GPT-2 alphabet: printable Latin-1 bytes stand for themselves, the other 68 are
  * U+0100 + n in the order of their values. */
@@ -86,7 +86,11 @@ static void map_token(struct tokenizer *tokenizer, uint32_t id)
 {
     const char *bytes = tokenizer->bytes + tokenizer->offsets[id];
     size_t count = tokenizer->offsets[id + 1] - tokenizer->offsets[id];
-    if (count == 0 || tokenizer_find(tokenizer, bytes, count) >= 0) {
+    if (count == 0) {
+        return;
+    }
+    if (tokenizer_find(tokenizer, bytes, count) >= 0) {
+        tokenizer->num_equal++;
         return;
     }
     uint32_t slot = (uint32_t)rk_hash_xxh3(bytes, count) & tokenizer->map.mask;

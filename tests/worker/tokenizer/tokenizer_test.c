@@ -459,6 +459,75 @@ static void bos_is_added_when_both_ask(void **state)
     tokenizer_destroy(own);
 }
 
+/* A conversation begins with the token that the vocabulary asks for, once. */
+static void chats_begin_with_bos(void **state)
+{
+    static struct small small;
+    static const char template[] = "{{ '<|im_start|>' }}";
+    struct tokenizer *own = NULL;
+    struct tokenizer_ids ids = {0};
+    (void)state;
+    small_begin(&small);
+    small_add_token(&small, "<s>", 3);          /* 4 */
+    small_add_token(&small, "<|im_start|>", 3); /* 5 */
+    small_add_token(&small, "<|im_end|>", 3);   /* 6 */
+    small.vocabulary.chat_template = (struct model_string){template, sizeof(template) - 1};
+    small.vocabulary.bos_id = LETTERS;
+    for (int ask = 0; ask < 2; ask++) {
+        small.vocabulary.add_bos = ask == 1;
+        assert_int_equal(tokenizer_create(&small.vocabulary, &own, NULL), RK_OK);
+        assert_int_equal(tokenizer_begin_id(own), ask == 1 ? LETTERS : -1);
+        const int32_t turn[] = {LETTERS, 5}; /* of "user" no letter has a token */
+        assert_int_equal(tokenizer_chat_open(own, NULL, &ids, NULL), RK_OK);
+        assert_int_equal(ids.count, ask + 1);
+        assert_memory_equal(ids.data, turn + 1 - ask, ids.count * sizeof(turn[0]));
+        rk_free(ids.data);
+        const struct tokenizer_message message = {"user", "a", 1};
+        assert_int_equal(tokenizer_chat_encode(own, &message, 1, false, false, &ids, NULL), RK_OK);
+        assert_int_equal(ids.data[0], ask == 1 ? LETTERS : 5);
+        rk_free(ids.data);
+        tokenizer_destroy(own);
+    }
+}
+
+/* A file may call its end token "user defined", which means: matched in any text. */
+static void text_never_becomes_a_mark(void **state)
+{
+    static struct small small;
+    struct tokenizer *own = NULL;
+    struct tokenizer_ids ids = {0};
+    (void)state;
+    small_begin(&small);
+    small_add_token(&small, "</s>", 4);
+    small_add_token(&small, "<s>", 4);
+    small.vocabulary.eos_id = LETTERS;
+    small.vocabulary.bos_id = LETTERS + 1;
+    assert_int_equal(tokenizer_create(&small.vocabulary, &own, NULL), RK_OK);
+    assert_int_equal(tokenizer_encode(own, "a</s><s>b", 9, false, false, &ids, NULL), RK_OK);
+    const int32_t letters[] = {0, 1};
+    assert_int_equal(ids.count, 2);
+    assert_memory_equal(ids.data, letters, sizeof(letters));
+    rk_free(ids.data);
+    assert_int_equal(tokenizer_encode(own, "a</s>", 5, true, false, &ids, NULL), RK_OK);
+    assert_int_equal(ids.data[1], LETTERS);
+    rk_free(ids.data);
+    tokenizer_destroy(own);
+}
+
+static void lost_characters_are_refused(void **state)
+{
+    static struct small small;
+    struct tokenizer *own = NULL;
+    struct rk_error error = {.text = ""};
+    (void)state;
+    assert_int_equal(tokenizer_check(tokenizer, &error), RK_OK); /* SmolLM2's own */
+    small_begin(&small);
+    assert_int_equal(tokenizer_create(&small.vocabulary, &own, NULL), RK_OK);
+    assert_int_equal(tokenizer_check(own, &error), RK_ERR_CORRUPT);
+    assert_non_null(strstr(error.text, "byte 0x0a"));
+    tokenizer_destroy(own);
+}
+
 /* The longest special token wins; a user-defined one is matched in any text, a control one only
  * when asked for; and those of ChatML only when asked for, whatever type the file gives them. */
 static void special_tokens_by_kind(void **state)
@@ -571,6 +640,9 @@ int main(void)
         cmocka_unit_test(hostile_texts_end),
         cmocka_unit_test(merging_follows_the_definition),
         cmocka_unit_test(bos_is_added_when_both_ask),
+        cmocka_unit_test(chats_begin_with_bos),
+        cmocka_unit_test(text_never_becomes_a_mark),
+        cmocka_unit_test(lost_characters_are_refused),
         cmocka_unit_test(special_tokens_by_kind),
         cmocka_unit_test(unknown_vocabularies_are_named),
         cmocka_unit_test(each_allocation_may_fail),
