@@ -25,7 +25,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define KERNELS_ROWS_MAX 256 /* rows of one call */
+#define KERNELS_ROWS_MAX  256 /* rows of one call */
+#define KERNELS_GROUP_MAX 64  /* query heads of one KV head */
 
 /* How numbers are multiplied: KERNELS_BF16 rounds inputs of products to bf16
  * and adds in f32; KERNELS_F32 is the reference mode. */
@@ -143,7 +144,7 @@ struct kernels_head_view {
 
 struct kernels_attention {
     uint32_t num_kv_heads;
-    uint32_t group;    /* query heads per KV head */
+    uint32_t group;    /* query heads per KV head, 1..KERNELS_GROUP_MAX */
     uint32_t head_dim; /* 16..256, multiple of 16 */
     float scale;       /* above 0, usually 1 / sqrt(head_dim) */
     const struct kernels_rope *rope;

@@ -12,7 +12,6 @@
 #include <string.h>
 
 #define KERNELS_HEAD_DIM_MAX 256
-#define KERNELS_GROUP_MAX    64
 /* (row, query head) pairs of one attention task: enough to pay for packing a page. */
 #define KERNELS_TILE_ROWS 192
 

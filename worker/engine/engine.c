@@ -26,10 +26,10 @@ static enum rk_status read_stacked(const struct model *model, const enum model_t
             return rk_error_set(error, RK_ERR_INVALID, "layer %u: tensor %d is %u x %u", layer,
                                 (int)tensors[i], tensor_rows, tensor_columns);
         }
-        status = model_tensor_read(model, tensors[i], layer, out + (size_t)rows_read * columns);
+        status =
+            model_tensor_read(model, tensors[i], layer, out + (size_t)rows_read * columns, error);
         if (status != RK_OK) {
-            return rk_error_set(error, status, "layer %u: tensor %d cannot be read", layer,
-                                (int)tensors[i]);
+            return status;
         }
         rows_read += tensor_rows;
     }
@@ -77,10 +77,10 @@ static enum rk_status load_norm(const struct engine *engine, const struct model 
     if (!norm) {
         return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a norm");
     }
-    status = model_tensor_read(model, tensor, layer, norm);
+    status = model_tensor_read(model, tensor, layer, norm, error);
     if (status != RK_OK) {
         rk_free(norm);
-        return rk_error_set(error, status, "layer %u: norm %d cannot be read", layer, (int)tensor);
+        return status;
     }
     *ret_norm = norm;
     return RK_OK;
@@ -216,6 +216,11 @@ static enum rk_status check_config(const struct model_config *config,
                             "%s: %u layers, %u heads, %u KV heads are not supported", config->name,
                             config->num_layers, config->num_heads, config->num_kv_heads);
     }
+    if (config->num_heads / config->num_kv_heads > KERNELS_GROUP_MAX) {
+        return rk_error_set(error, RK_ERR_UNSUPPORTED,
+                            "%s: %u heads share a KV head; at most %d are supported", config->name,
+                            config->num_heads / config->num_kv_heads, KERNELS_GROUP_MAX);
+    }
     if (config->head_dim < 16 || config->head_dim > 256 || config->head_dim % 16 != 0) {
         return rk_error_set(error, RK_ERR_UNSUPPORTED,
                             "%s: head dimension %u is not a multiple of 16 from 16 to 256",
@@ -265,8 +270,10 @@ enum rk_status engine_create(const struct model *model, const struct engine_opti
     engine->config = *config;
     engine->width_q = config->num_heads * config->head_dim;
     engine->width_kv = config->num_kv_heads * config->head_dim;
-    engine->context_tokens =
-        options->context_tokens ? options->context_tokens : config->context_tokens;
+    engine->context_tokens = options->context_tokens ? options->context_tokens
+                             : config->context_tokens < ENGINE_CONTEXT_DEFAULT_MAX
+                                 ? config->context_tokens
+                                 : ENGINE_CONTEXT_DEFAULT_MAX;
     engine->layout = (struct rk_kv_layout){
         .num_layers = config->num_layers,
         .num_kv_heads = config->num_kv_heads,

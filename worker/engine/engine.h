@@ -29,11 +29,16 @@ struct engine;
 struct engine_sequence;
 struct recovery_head_map; /* worker/recovery/head_map.h */
 
+/* Rotation tables and pool are made for the context, so a model that claims millions of tokens
+ * gets them only when asked. */
+#define ENGINE_CONTEXT_DEFAULT_MAX 131072u
+
 struct engine_options {
     enum kernels_mode mode; /* also the dtype of the pages: F32 or BF16 */
     enum kernels_isa isa;
     uint32_t threads;        /* 0: all cores */
-    uint32_t context_tokens; /* 0: the model's; longest position of a sequence */
+    uint32_t context_tokens; /* 0: the model's, at most ENGINE_CONTEXT_DEFAULT_MAX; longest
+                                position of a sequence */
     uint64_t pool_tokens;    /* 0: twice the context; page pool, reserved at creation */
 };
 
@@ -134,6 +139,8 @@ struct engine_sampler {
 /* Greedy: lowest id among equals. */
 int32_t engine_sample(struct engine_sampler *sampler, const float *logits, uint32_t vocab_size,
                       void *scratch /* vocab_size * 8 bytes */);
+/* No NaN, no infinity: what neither a sample nor a probability can be made of. */
+bool engine_logits_finite(const float *logits, size_t count);
 /* out[i] = log softmax, computed in f64, rounded to f32. */
 void engine_log_softmax(const float *logits, uint32_t vocab_size, float *out);
 

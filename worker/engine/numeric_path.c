@@ -9,7 +9,6 @@
 #include "common/base/alloc.h"
 #include "common/base/hash.h"
 
-#include <math.h>
 #include <unistd.h>
 
 #define PROBE_TOKENS 80u
@@ -38,14 +37,11 @@ static uint32_t probe_tokens(const struct engine *engine)
 static enum rk_status check_logits(const struct engine *engine, const float *logits,
                                    struct rk_error *error)
 {
-    for (uint32_t i = 0; i < engine->config.vocab_size; i++) {
-        if (!isfinite(logits[i])) {
-            return rk_error_set(error, RK_ERR_CORRUPT,
-                                "%s: a trial prompt gives no finite number for token %u: the "
-                                "weights are damaged, or too large for this precision; try "
-                                "another file, or --mode f32",
-                                engine->config.name, i);
-        }
+    if (!engine_logits_finite(logits, engine->config.vocab_size)) {
+        return rk_error_set(error, RK_ERR_CORRUPT,
+                            "%s: a trial prompt gives no finite numbers: the weights are damaged, "
+                            "or too large for this precision; try another file, or --mode f32",
+                            engine->config.name);
     }
     return RK_OK;
 }

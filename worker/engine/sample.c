@@ -2,6 +2,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 struct candidate {
     float weight; /* exp((logit - largest) / temperature) */
@@ -121,6 +122,17 @@ int32_t engine_sample(struct engine_sampler *sampler, const float *logits, uint3
         }
     }
     return greedy; /* Rounding left a rest. */
+}
+
+bool engine_logits_finite(const float *logits, size_t count)
+{
+    uint32_t bad = 0;
+    for (size_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, logits + i, sizeof(bits));
+        bad |= (bits & 0x7f800000u) == 0x7f800000u;
+    }
+    return bad == 0;
 }
 
 void engine_log_softmax(const float *logits, uint32_t vocab_size, float *out)

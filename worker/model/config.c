@@ -38,7 +38,7 @@ static enum rk_status read_u32(const struct gguf *gguf, const char *name, bool o
 }
 
 static enum rk_status read_float(const struct gguf *gguf, const char *name, bool optional,
-                                 float *value, struct rk_error *error)
+                                 double min, double max, float *value, struct rk_error *error)
 {
     const struct gguf_key *key = gguf_find_key(gguf, name);
     double number = 0;
@@ -48,8 +48,10 @@ static enum rk_status read_float(const struct gguf *gguf, const char *name, bool
     if (!gguf_key_number(key, &number)) {
         return key_error(gguf, RK_ERR_CORRUPT, name, error, "is not a floating-point number");
     }
-    if (!(number > 0 && number < 1e15) || !((float)number > 0)) {
-        return key_error(gguf, RK_ERR_CORRUPT, name, error, "is not a positive number");
+    if (!(number >= min && number <= max)) {
+        return rk_error_set(error, RK_ERR_CORRUPT,
+                            "%s: byte %llu: key %s is %g; a number from %g to %g makes sense",
+                            gguf->file, (unsigned long long)key->offset, name, number, min, max);
     }
     *value = (float)number;
     return RK_OK;
@@ -187,21 +189,24 @@ enum rk_status config_read(const struct gguf *gguf, struct model_config *ret_con
         uint32_t *value;
     } keys[] = {
         {"llama.block_count", RK_LAYERS_MAX, &config.num_layers},
-        {"llama.context_length", RK_SEGMENT_TOKENS_MAX, &config.context_tokens},
+        {"llama.context_length", UINT32_MAX, &config.context_tokens},
         {"llama.embedding_length", MODEL_HIDDEN_MAX, &config.hidden},
         {"llama.feed_forward_length", MODEL_INTERMEDIATE_MAX, &config.intermediate},
     };
     for (size_t i = 0; i < sizeof(keys) / sizeof(keys[0]) && status == RK_OK; i++) {
         status = read_u32(gguf, keys[i].name, false, keys[i].maximum, keys[i].value, error);
     }
+    if (config.context_tokens > RK_SEGMENT_TOKENS_MAX) { /* More than anybody asks for. */
+        config.context_tokens = RK_SEGMENT_TOKENS_MAX;
+    }
     if (status == RK_OK) {
         status = read_heads(gguf, &config, error);
     }
     if (status == RK_OK) {
-        status = read_float(gguf, "llama.rope.freq_base", true, &config.rope_theta, error);
+        status = read_float(gguf, "llama.rope.freq_base", true, 1, 1e15, &config.rope_theta, error);
     }
     if (status == RK_OK) {
-        status = read_float(gguf, "llama.attention.layer_norm_rms_epsilon", false,
+        status = read_float(gguf, "llama.attention.layer_norm_rms_epsilon", false, 1e-30, 0.1,
                             &config.rms_norm_epsilon, error);
     }
     struct model_string name;
@@ -273,6 +278,14 @@ static enum rk_status read_merges(const struct gguf *gguf, struct model_vocabula
 {
     static const char name[] = "tokenizer.ggml.merges";
     const struct gguf_key *key = gguf_find_key(gguf, name);
+    bool bpe = !vocabulary->model || vocabulary->model[0] == '\0' ||
+               strcmp(vocabulary->model, "gpt2") == 0;
+    if (vocabulary->num_tokens > 0 && bpe && (!key || key->count == 0)) {
+        return rk_error_set(error, RK_ERR_CORRUPT,
+                            "%s: key %s is missing or empty: byte-level BPE without merges would "
+                            "read every text letter by letter; download or convert it again",
+                            gguf->file, name);
+    }
     if (!key) {
         return RK_OK;
     }
@@ -322,6 +335,10 @@ static enum rk_status read_ids(const struct gguf *gguf, struct model_vocabulary 
                          "is not a boolean");
     }
     vocabulary->add_bos = add_bos && *add_bos->data != 0;
+    if (vocabulary->add_bos && vocabulary->bos_id < 0) {
+        return key_error(gguf, RK_ERR_CORRUPT, "tokenizer.ggml.add_bos_token", error,
+                         "is true, but tokenizer.ggml.bos_token_id names no token");
+    }
     return RK_OK;
 }
 

@@ -100,6 +100,17 @@ const struct dequant *dequant_find(uint32_t type)
     return NULL;
 }
 
+bool dequant_finite(const float *values, size_t count)
+{
+    uint32_t bad = 0;
+    for (size_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, values + i, sizeof(bits));
+        bad |= (bits & 0x7f800000u) == 0x7f800000u; /* an exponent of all ones */
+    }
+    return bad == 0;
+}
+
 const char *dequant_type_name(uint32_t type)
 {
     static const char *const names[] = {

@@ -8,6 +8,7 @@
 #ifndef WORKER_MODEL_DEQUANT_INTERNAL_H
 #define WORKER_MODEL_DEQUANT_INTERNAL_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -22,6 +23,8 @@ struct dequant {
 
 /* NULL: a type that we do not read. */
 const struct dequant *dequant_find(uint32_t type);
+/* No NaN, no infinity. */
+bool dequant_finite(const float *values, size_t count);
 /* The name of any ggml type, or "unknown". */
 const char *dequant_type_name(uint32_t type);
 

@@ -290,6 +290,42 @@ static enum rk_status place_tensor(const struct reader *reader, struct gguf_tens
     return RK_OK;
 }
 
+static int compare_places(const void *a, const void *b)
+{
+    const struct gguf_tensor *left = *(const struct gguf_tensor *const *)a;
+    const struct gguf_tensor *right = *(const struct gguf_tensor *const *)b;
+    return (left->data > right->data) - (left->data < right->data);
+}
+
+/* Each byte belongs to one tensor: two that share some are a damaged directory. */
+static enum rk_status check_overlap(const struct reader *reader, const struct gguf *gguf)
+{
+    enum rk_status status = RK_OK;
+    const struct gguf_tensor **order = rk_alloc_zero(gguf->num_tensors, sizeof(*order));
+    if (!order) {
+        return rk_error_set(reader->error, RK_ERR_NO_MEMORY, "%s: no memory for its directory",
+                            reader->file);
+    }
+    for (uint32_t i = 0; i < gguf->num_tensors; i++) {
+        order[i] = &gguf->tensors[i];
+    }
+    if (gguf->num_tensors > 0) {
+        qsort(order, gguf->num_tensors, sizeof(*order), compare_places);
+    }
+    for (uint32_t i = 1; status == RK_OK && i < gguf->num_tensors; i++) {
+        if (order[i - 1]->data + order[i - 1]->bytes > order[i]->data) {
+            status =
+                rk_error_set(reader->error, RK_ERR_CORRUPT,
+                             "%s: byte %llu: tensor %s shares bytes with tensor %s; download "
+                             "it again",
+                             reader->file, (unsigned long long)order[i]->offset,
+                             gguf_print(order[i]->name).text, gguf_print(order[i - 1]->name).text);
+        }
+    }
+    rk_free(order);
+    return status;
+}
+
 static enum rk_status read_tensors(struct reader *reader, struct gguf *gguf, uint32_t num_tensors,
                                    uint64_t *data_offsets)
 {
@@ -305,6 +341,9 @@ static enum rk_status read_tensors(struct reader *reader, struct gguf *gguf, uin
     enum rk_status status = data_begin(reader, gguf, &alignment, &begin);
     for (uint32_t i = 0; status == RK_OK && i < num_tensors; i++) {
         status = place_tensor(reader, &gguf->tensors[i], alignment, begin, data_offsets[i]);
+    }
+    if (status == RK_OK) {
+        status = check_overlap(reader, gguf);
     }
     if (status != RK_OK) {
         return status;

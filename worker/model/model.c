@@ -379,22 +379,29 @@ static uint64_t half_split_row(uint64_t file_row, uint32_t head_dim)
 }
 
 enum rk_status model_tensor_read(const struct model *model, enum model_tensor tensor,
-                                 uint32_t layer, float *out)
+                                 uint32_t layer, float *out, struct rk_error *error)
 {
     const struct gguf_tensor *source = tensor_of(model, tensor, layer);
     if (!source) {
-        return RK_ERR_INVALID;
+        return rk_error_set(error, RK_ERR_INVALID, "%s: no tensor %d of layer %u", model->file,
+                            (int)tensor, layer);
     }
     const struct dequant *type = dequant_find(source->type);
-    if (tensor != MODEL_Q && tensor != MODEL_K) {
-        type->row(source->data, source->elements, out);
-        return RK_OK;
-    }
+    bool split = tensor == MODEL_Q || tensor == MODEL_K;
     struct shape shape = tensor_shape(&model->config, tensor);
     uint64_t row_bytes = shape.columns / type->block_elements * type->block_bytes;
     for (uint64_t row = 0; row < shape.rows; row++) {
-        uint64_t target = half_split_row(row, model->config.head_dim);
-        type->row(source->data + row * row_bytes, shape.columns, out + target * shape.columns);
+        uint64_t target = split ? half_split_row(row, model->config.head_dim) : row;
+        const uint8_t *data = source->data + row * row_bytes;
+        float *values = out + target * shape.columns;
+        type->row(data, shape.columns, values);
+        if (!dequant_finite(values, shape.columns)) {
+            return rk_error_set(error, RK_ERR_CORRUPT,
+                                "%s: byte %llu: row %llu of tensor %s holds a NaN or an infinity; "
+                                "download it again",
+                                model->file, (unsigned long long)(data - model->gguf.data),
+                                (unsigned long long)row, gguf_print(source->name).text);
+        }
     }
     return RK_OK;
 }

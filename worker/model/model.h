@@ -77,12 +77,13 @@ const struct model_config *model_config(const struct model *model);
 const struct model_vocabulary *model_vocabulary(const struct model *model);
 
 /* Dequantised to f32, row-major, as gguf-py does. Rows of Q and K of architecture "llama" are
- * brought from llama.cpp's interleaved order to the half-split order. out holds rows * columns. */
+ * brought from llama.cpp's interleaved order to the half-split order. out holds rows * columns.
+ * RK_ERR_CORRUPT names a tensor with a NaN or an infinity: every answer would be nonsense. */
 RK_MUST_CHECK enum rk_status model_tensor_shape(const struct model *model, enum model_tensor tensor,
                                                 uint32_t layer, uint32_t *ret_rows,
                                                 uint32_t *ret_columns);
 RK_MUST_CHECK enum rk_status model_tensor_read(const struct model *model, enum model_tensor tensor,
-                                               uint32_t layer, float *out);
+                                               uint32_t layer, float *out, struct rk_error *error);
 /* By the file's own name, in the file's own row order: for tests and tools. */
 RK_MUST_CHECK enum rk_status model_tensor_read_named(const struct model *model, const char *name,
                                                      float *out, uint64_t elements_max,

@@ -210,6 +210,18 @@ static enum rk_status check_pages(struct scheduler_job *job, struct rk_error *er
                         segment, rk_status_text(status));
 }
 
+/* A NaN spreads to all that follows: better no answer than an empty one that looks like one. */
+static enum rk_status check_logits(const struct scheduler *scheduler, uint32_t first,
+                                   uint32_t num_rows, struct rk_error *error)
+{
+    const float *logits = scheduler->logits + (size_t)first * scheduler->vocab_size;
+    return engine_logits_finite(logits, (size_t)num_rows * scheduler->vocab_size)
+               ? RK_OK
+               : rk_error_set(error, RK_ERR_INTERNAL,
+                              "the model gives no finite number for the next token; a worker with "
+                              "--mode f32 may");
+}
+
 /* One chunk of one job that is not stalled. */
 static void prefill_turn(struct scheduler_job *job, bool others_decode)
 {
@@ -227,6 +239,9 @@ static void prefill_turn(struct scheduler_job *job, bool others_decode)
         job_prefill_chunk(job, rows_max, logits_max, &rows, &logits_rows, &error);
     enum rk_status lost = check_pages(job, &error);
     status = lost != RK_OK ? lost : status;
+    if (status == RK_OK) {
+        status = check_logits(scheduler, 0, logits_rows, &error);
+    }
     if (status != RK_OK) {
         pthread_mutex_lock(&scheduler->mutex);
         finish(job, status, &error);
@@ -267,6 +282,9 @@ static void decode_turn(struct scheduler *scheduler, struct scheduler_job **jobs
     struct rk_error why[CHUNK_LOGITS_MAX];
     for (uint32_t i = 0; i < count; i++) {
         lost[i] = check_pages(jobs[i], &why[i]);
+        if (status == RK_OK && lost[i] == RK_OK) {
+            lost[i] = check_logits(scheduler, i, 1, &why[i]);
+        }
     }
     for (uint32_t i = 0; status == RK_OK && i < count; i++) {
         tokens[i] = engine_sample(&jobs[i]->request.sampler,

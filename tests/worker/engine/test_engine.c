@@ -5,6 +5,7 @@
  *         so on, until creation gets through.
  */
 #include "tests/worker/engine/tiny.h"
+#include "tests/worker/model/gguf_writer.h"
 
 #include "common/base/alloc.h"
 
@@ -143,12 +144,73 @@ static void a_probe_survives_failed_allocations(void **state)
     model_close(model);
 }
 
+static enum rk_status create_written(uint32_t heads, uint32_t context,
+                                     const struct engine_options *options,
+                                     struct engine **ret_engine, struct rk_error *error)
+{
+    static struct gguf_writer writer;
+    struct model *model = NULL;
+    writer_begin(&writer, 3);
+    writer_key_string(&writer, "general.architecture", "llama");
+    writer_key_u32(&writer, "llama.block_count", 1);
+    writer_key_u32(&writer, "llama.context_length", context);
+    writer_key_u32(&writer, "llama.embedding_length", 32);
+    writer_key_u32(&writer, "llama.feed_forward_length", 64);
+    writer_key_u32(&writer, "llama.attention.head_count", heads);
+    writer_key_u32(&writer, "llama.attention.head_count_kv", 1);
+    writer_key_u32(&writer, "llama.attention.key_length", 16);
+    writer_key_u32(&writer, "llama.attention.value_length", 16);
+    writer_key_f32(&writer, "llama.attention.layer_norm_rms_epsilon", 1e-5f);
+    writer_small_tensors(&writer, 0);
+    writer.tensors[3].dims[1] = (uint64_t)heads * 16; /* q */
+    writer.tensors[3].bytes = (size_t)heads * 16 * 32 * 4;
+    writer.tensors[6].dims[0] = (uint64_t)heads * 16; /* output of attention */
+    writer.tensors[6].bytes = (size_t)heads * 16 * 32 * 4;
+    writer_end(&writer);
+    assert_int_equal(model_open_bytes(writer.bytes, writer.count, "written", &model, error), RK_OK);
+    enum rk_status status = engine_create(model, options, ret_engine, error);
+    model_close(model);
+    return status;
+}
+
+/* Kernels would assert; a file may say what it likes. */
+static void too_many_heads_for_one_are_refused(void **state)
+{
+    const struct engine_options options = {.mode = KERNELS_F32, .threads = 1};
+    struct engine *engine = NULL;
+    struct rk_error error = {0};
+    struct rk_id id;
+    (void)state;
+    assert_int_equal(create_written(65, 100, &options, &engine, &error), RK_ERR_UNSUPPORTED);
+    assert_non_null(strstr(error.text, "65 heads share a KV head"));
+    assert_int_equal(create_written(64, 100, &options, &engine, &error), RK_OK);
+    assert_int_equal(engine_numeric_path(engine, &id, &error), RK_OK);
+    engine_destroy(engine);
+}
+
+/* A file that claims 4 million tokens does not get GiBs of rotation tables unasked. */
+static void a_claimed_context_costs_nothing(void **state)
+{
+    struct engine_options options = {.mode = KERNELS_F32, .threads = 1, .pool_tokens = 256};
+    struct engine *engine = NULL;
+    (void)state;
+    assert_int_equal(create_written(2, 4000000, &options, &engine, NULL), RK_OK);
+    assert_int_equal(engine_context_tokens(engine), ENGINE_CONTEXT_DEFAULT_MAX);
+    engine_destroy(engine);
+    options.context_tokens = ENGINE_CONTEXT_DEFAULT_MAX + 64;
+    assert_int_equal(create_written(2, 4000000, &options, &engine, NULL), RK_OK);
+    assert_int_equal(engine_context_tokens(engine), ENGINE_CONTEXT_DEFAULT_MAX + 64);
+    engine_destroy(engine);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(survives_failed_allocations),
         cmocka_unit_test(options_are_checked),
         cmocka_unit_test(arithmetics_are_told_apart),
+        cmocka_unit_test(too_many_heads_for_one_are_refused),
+        cmocka_unit_test(a_claimed_context_costs_nothing),
         cmocka_unit_test(a_probe_survives_failed_allocations),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -108,9 +108,27 @@ static void log_softmax_adds_up(void **state)
     assert_true(isinf(logits[4]));
 }
 
+static void what_is_no_number_is_seen(void **state)
+{
+    float logits[67];
+    (void)state;
+    for (int i = 0; i < 67; i++) {
+        logits[i] = i % 2 ? 3.4e38f : -1e-40f;
+    }
+    assert_true(engine_logits_finite(logits, 67));
+    assert_true(engine_logits_finite(logits, 0));
+    for (int i = 0; i < 67; i++) {
+        float kept = logits[i];
+        logits[i] = i % 3 ? NAN : -INFINITY;
+        assert_false(engine_logits_finite(logits, 67));
+        logits[i] = kept;
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(what_is_no_number_is_seen),
         cmocka_unit_test(greedy_takes_the_lowest_best),
         cmocka_unit_test(draws_follow_the_distribution),
         cmocka_unit_test(equal_seeds_draw_equally),

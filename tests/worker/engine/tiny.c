@@ -266,7 +266,7 @@ static float *read_weights(const struct model *model, enum model_tensor tensor, 
     assert_int_equal(model_tensor_shape(model, tensor, layer, &rows, &columns), RK_OK);
     float *weights = malloc((size_t)rows * columns * sizeof(*weights));
     assert_non_null(weights);
-    assert_int_equal(model_tensor_read(model, tensor, layer, weights), RK_OK);
+    assert_int_equal(model_tensor_read(model, tensor, layer, weights, NULL), RK_OK);
     return weights;
 }
 

@@ -271,6 +271,16 @@ static void offset_mistakes(void **state)
     }
 }
 
+/* The second tensor of a file is said to begin inside the first one. */
+static void overlapping_tensors_are_refused(void **state)
+{
+    (void)state;
+    begin_tensors();
+    writer.tensors[3].dims[1] = 64; /* one row of blocks more than its bytes */
+    writer_end(&writer);
+    expect(RK_ERR_CORRUPT, "blk.0.attn_k.weight shares bytes with tensor blk.0.attn_q.weight");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -281,6 +291,7 @@ int main(void)
         cmocka_unit_test(key_mistakes),
         cmocka_unit_test(tensor_mistakes),
         cmocka_unit_test(offset_mistakes),
+        cmocka_unit_test(overlapping_tensors_are_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

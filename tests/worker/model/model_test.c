@@ -171,8 +171,8 @@ static void rows_element_by_element(void **state)
         compare_rows(buffer, golden_f32(golden, tensors[i].file, rows.elements * columns),
                      rows.data, rows.elements, columns);
         if (tensors[i].hf) {
-            assert_int_equal(model_tensor_read(model, tensors[i].tensor, tensors[i].layer, buffer),
-                             RK_OK);
+            assert_int_equal(
+                model_tensor_read(model, tensors[i].tensor, tensors[i].layer, buffer, NULL), RK_OK);
             compare_rows(buffer, golden_f32(golden, tensors[i].hf, rows.elements * columns),
                          rows.data, rows.elements, columns);
         }
@@ -206,13 +206,13 @@ static void reading_by_kind_finds_the_right_tensor(void **state)
                          RK_OK);
         uint64_t count = (uint64_t)rows * columns;
         assert_true(2 * count <= buffer_elements);
-        assert_int_equal(model_tensor_read(model, (enum model_tensor)i, 29, buffer), RK_OK);
+        assert_int_equal(model_tensor_read(model, (enum model_tensor)i, 29, buffer, NULL), RK_OK);
         assert_int_equal(model_tensor_read_named(model, names[i], buffer + count, count, &elements),
                          RK_OK);
         assert_int_equal(elements, count);
         assert_memory_equal(buffer, buffer + count, count * sizeof(*buffer));
     }
-    assert_int_equal(model_tensor_read(model, MODEL_V, 30, buffer), RK_ERR_INVALID);
+    assert_int_equal(model_tensor_read(model, MODEL_V, 30, buffer, NULL), RK_ERR_INVALID);
     assert_int_equal(model_tensor_shape(model, (enum model_tensor)99, 0, &rows, &columns),
                      RK_ERR_INVALID);
     uint64_t elements = 0;
@@ -279,7 +279,7 @@ static void every_type_opens(void **state)
         assert_int_equal(model_config(small)->head_dim, 16);
         assert_int_equal(model_config(small)->vocab_size, 5);
         assert_int_equal(model_vocabulary(small)->num_tokens, 0);
-        assert_int_equal(model_tensor_read(small, MODEL_Q, 0, q), RK_OK);
+        assert_int_equal(model_tensor_read(small, MODEL_Q, 0, q, NULL), RK_OK);
         assert_int_equal(
             model_tensor_read_named(small, "blk.0.attn_q.weight", file, 1024, &elements), RK_OK);
         /* Row 16 + 2*3 + 1 of the file is row 16 + 8 + 3. */
@@ -381,6 +381,104 @@ static void wrong_shapes_and_keys_are_refused(void **state)
     expect(RK_ERR_CORRUPT, "llama.block_count is not an integer");
 }
 
+/* A NaN or an infinity, wherever a type keeps its exponent, is named with its tensor; and what
+ * follows the last tensor is not looked at. */
+static void weights_that_are_no_numbers_are_refused(void **state)
+{
+    static const struct {
+        uint32_t type;
+        size_t from_end; /* of blk.0.ffn_down.weight, the file's last bytes */
+        uint8_t bytes[4];
+        size_t count;
+    } cases[] = {
+        {0, 4, {0, 0, 0xc0, 0x7f}, 4}, {0, 4, {0, 0, 0x80, 0xff}, 4}, {1, 2, {0, 0x7c}, 2},
+        {1, 2, {1, 0xfe}, 2},          {30, 2, {0x80, 0x7f}, 2},      {2, 18, {0, 0x7e}, 2},
+        {3, 18, {0, 0xfc}, 2},         {8, 34, {0, 0x7c}, 2},
+    };
+    float out[64 * 32];
+    (void)state;
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        struct model *small = NULL;
+        struct rk_error error = {.text = ""};
+        small_open(cases[i].type, &small);
+        assert_int_equal(model_tensor_read(small, MODEL_FFN_DOWN, 0, out, &error), RK_OK);
+        memcpy(writer.bytes + writer.count - cases[i].from_end, cases[i].bytes, cases[i].count);
+        assert_int_equal(model_tensor_read(small, MODEL_FFN_DOWN, 0, out, &error), RK_ERR_CORRUPT);
+        assert_non_null(strstr(error.text, "test.gguf: byte "));
+        assert_non_null(strstr(error.text, "row 31 of tensor blk.0.ffn_down.weight"));
+        assert_int_equal(model_tensor_read(small, MODEL_FFN_UP, 0, out, &error), RK_OK);
+        model_close(small);
+    }
+}
+
+static void put_array(const char *name, uint32_t element_type, uint64_t count)
+{
+    writer_key(&writer, name, 9);
+    writer_put(&writer, &element_type, 4);
+    writer_put(&writer, &count, 8);
+}
+
+/* Five tokens, as many as the embedding has rows. */
+static void vocabulary_begin(void)
+{
+    small_begin();
+    put_array("tokenizer.ggml.tokens", 8, 5);
+    for (int i = 0; i < 5; i++) {
+        writer_string(&writer, (const char *[]){"a", "b", "ab", "<s>", "</s>"}[i]);
+    }
+}
+
+static void vocabularies_that_cannot_work_are_refused(void **state)
+{
+    static const uint8_t yes = 1;
+    (void)state;
+    vocabulary_begin();
+    writer_small_tensors(&writer, 0);
+    expect(RK_ERR_CORRUPT, "tokenizer.ggml.merges is missing or empty");
+    vocabulary_begin();
+    put_array("tokenizer.ggml.merges", 8, 0);
+    writer_small_tensors(&writer, 0);
+    expect(RK_ERR_CORRUPT, "tokenizer.ggml.merges is missing or empty");
+    vocabulary_begin();
+    put_array("tokenizer.ggml.merges", 8, 1);
+    writer_string(&writer, "a b");
+    writer_key(&writer, "tokenizer.ggml.add_bos_token", 7);
+    writer_put(&writer, &yes, 1);
+    writer_small_tensors(&writer, 0);
+    expect(RK_ERR_CORRUPT, "add_bos_token is true, but");
+    vocabulary_begin();
+    put_array("tokenizer.ggml.merges", 8, 1);
+    writer_string(&writer, "a b");
+    writer_key_u32(&writer, "tokenizer.ggml.eos_token_id", 5);
+    writer_small_tensors(&writer, 0);
+    expect(RK_ERR_CORRUPT, "eos_token_id is not the id of a token");
+}
+
+static void numbers_out_of_range(void **state)
+{
+    struct model *small = NULL;
+    (void)state;
+    small_begin();
+    writer_key_f32(&writer, "llama.rope.freq_base", 0.5f);
+    writer_small_tensors(&writer, 0);
+    expect(RK_ERR_CORRUPT, "llama.rope.freq_base is 0.5");
+    writer_begin(&writer, 3);
+    writer_key_string(&writer, "general.architecture", "llama");
+    writer_key_u32(&writer, "llama.block_count", 1);
+    writer_key_u32(&writer, "llama.context_length", 4000000000u); /* unusual, not wrong */
+    writer_key_u32(&writer, "llama.embedding_length", 32);
+    writer_key_u32(&writer, "llama.feed_forward_length", 64);
+    writer_key_u32(&writer, "llama.attention.head_count", 2);
+    writer_key_u32(&writer, "llama.attention.head_count_kv", 1);
+    writer_key_f32(&writer, "llama.attention.layer_norm_rms_epsilon", 1e-5f);
+    writer_small_tensors(&writer, 0);
+    writer_end(&writer);
+    assert_int_equal(model_open_bytes(writer.bytes, writer.count, "test.gguf", &small, NULL),
+                     RK_OK);
+    assert_int_equal(model_config(small)->context_tokens, RK_SEGMENT_TOKENS_MAX);
+    model_close(small);
+}
+
 /* ---- Paths ---- */
 
 static void expect_path(const char *path, enum rk_status wanted)
@@ -449,6 +547,9 @@ int main(void)
         cmocka_unit_test(fingerprint_follows_each_byte),
         cmocka_unit_test(variants_are_refused),
         cmocka_unit_test(wrong_shapes_and_keys_are_refused),
+        cmocka_unit_test(weights_that_are_no_numbers_are_refused),
+        cmocka_unit_test(vocabularies_that_cannot_work_are_refused),
+        cmocka_unit_test(numbers_out_of_range),
         cmocka_unit_test(other_than_files_are_refused),
         cmocka_unit_test(opening_survives_each_failed_allocation),
     };
