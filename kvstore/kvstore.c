@@ -81,17 +81,16 @@ static uint64_t *count_of(struct kvstore *store, const struct kvstore_shard *sha
     return value ? &store->stats.num_values : &store->stats.num_shards;
 }
 
-struct slot_key kvstore_slot_key(const struct rk_id *segment_id, uint32_t shard_index)
+struct slot_key kvstore_slot_key(const struct kvstore_name *name)
 {
-    struct slot_key key = {.shard_index = shard_index};
-    memcpy(key.segment_id, segment_id->bytes, RK_ID_BYTES);
+    struct slot_key key = {.shard_index = name->shard_index, .kind = (uint32_t)name->kind};
+    memcpy(key.segment_id, name->segment_id.bytes, RK_ID_BYTES);
     return key;
 }
 
-struct slot *kvstore_slot_find(struct kvstore *store, const struct rk_id *segment_id,
-                               uint32_t shard_index)
+struct slot *kvstore_slot_find(struct kvstore *store, const struct kvstore_name *name)
 {
-    struct slot_key key = kvstore_slot_key(segment_id, shard_index);
+    struct slot_key key = kvstore_slot_key(name);
     struct slot *slot = NULL;
     HASH_FIND(hh, store->slots, &key, sizeof(key), slot);
     return slot;
@@ -99,7 +98,7 @@ struct slot *kvstore_slot_find(struct kvstore *store, const struct rk_id *segmen
 
 struct kvstore_shard *kvstore_staged_find(struct kvstore *store, const struct kvstore_name *name)
 {
-    struct slot *slot = kvstore_slot_find(store, &name->segment_id, name->shard_index);
+    struct slot *slot = kvstore_slot_find(store, name);
     struct kvstore_shard *shard = slot ? slot->staged : NULL;
     while (shard && shard->header.generation != name->generation) {
         shard = shard->staged_next;
@@ -265,7 +264,7 @@ static uint64_t evicted_tag(const struct slot_key *key)
 {
     uint64_t tag = 0;
     memcpy(&tag, key->segment_id, sizeof(tag));
-    tag += key->shard_index * UINT64_C(0x9e3779b97f4a7c15);
+    tag += (key->shard_index + ((uint64_t)key->kind << 32)) * UINT64_C(0x9e3779b97f4a7c15);
     return tag ? tag : 1;
 }
 

@@ -74,6 +74,7 @@ struct kvstore_header {
 
 /* Names one shard of one generation. */
 struct kvstore_name {
+    enum kvstore_kind kind; /* ids of values and of segments are apart, also when they are equal */
     struct rk_id segment_id;
     uint64_t generation;
     uint32_t shard_index;
@@ -90,8 +91,9 @@ struct kvstore_stats {
     uint64_t gets;
     uint64_t misses[RK_STATUS_COUNT]; /* by RK_MISS_* */
     uint64_t evictions;
-    uint64_t put_bytes;         /* accepted by put_write */
-    uint64_t checksum_failures; /* on arrival and by the scrubber */
+    uint64_t put_bytes;             /* accepted by put_write */
+    uint64_t checksum_failures;     /* on arrival and by the scrubber */
+    uint64_t put_checksum_failures; /* of these, on arrival: a writer's fault, no bad memory here */
     uint64_t staged_collected;
     uint64_t scrubbed_bytes;
 };

@@ -78,6 +78,7 @@ struct shard_list {
 struct slot_key {
     uint8_t segment_id[RK_ID_BYTES];
     uint32_t shard_index;
+    uint32_t kind; /* a peer may well put a shard under a value's id: it is another thing */
 };
 
 static inline unsigned kvstore_slot_hash(const void *key)
@@ -86,7 +87,7 @@ static inline unsigned kvstore_slot_hash(const void *key)
     unsigned hash = 0;
     memcpy(&copy, key, sizeof(copy));
     memcpy(&hash, copy.segment_id, sizeof(hash));
-    return hash + copy.shard_index * 2654435761u;
+    return hash + copy.shard_index * 2654435761u + copy.kind * 2246822519u;
 }
 
 struct slot {
@@ -130,8 +131,7 @@ struct kvstore_put {
 };
 
 /* All with the mutex held. */
-struct slot *kvstore_slot_find(struct kvstore *store, const struct rk_id *segment_id,
-                               uint32_t shard_index);
+struct slot *kvstore_slot_find(struct kvstore *store, const struct kvstore_name *name);
 struct kvstore_shard *kvstore_staged_find(struct kvstore *store, const struct kvstore_name *name);
 void kvstore_staged_add(struct kvstore *store, struct slot *slot, struct kvstore_shard *shard);
 void kvstore_staged_take(struct kvstore *store, struct kvstore_shard *shard);
@@ -153,6 +153,6 @@ void kvstore_lru_take(struct kvstore *store, struct kvstore_shard *shard);
 void kvstore_lock(struct kvstore *store);
 void kvstore_unlock(struct kvstore *store);
 void kvstore_shard_free(struct kvstore_shard *shard); /* memory only; accepts NULL */
-struct slot_key kvstore_slot_key(const struct rk_id *segment_id, uint32_t shard_index);
+struct slot_key kvstore_slot_key(const struct kvstore_name *name);
 
 #endif

@@ -219,7 +219,7 @@ static enum rk_status value_exists(struct rk_error *error)
 static enum rk_status begin_check_slot(struct kvstore *store, const struct kvstore_shard *shard,
                                        const struct kvstore_name *name, struct rk_error *error)
 {
-    struct slot *slot = kvstore_slot_find(store, &name->segment_id, name->shard_index);
+    struct slot *slot = kvstore_slot_find(store, name);
     if (shard->header.kind == KVSTORE_VALUE) {
         return slot && slot->committed ? value_exists(error) : RK_OK;
     }
@@ -239,7 +239,7 @@ static enum rk_status begin_check_slot(struct kvstore *store, const struct kvsto
 
 static struct slot *slot_get(struct kvstore *store, const struct kvstore_name *name)
 {
-    struct slot *slot = kvstore_slot_find(store, &name->segment_id, name->shard_index);
+    struct slot *slot = kvstore_slot_find(store, name);
     if (slot) {
         return slot;
     }
@@ -247,7 +247,7 @@ static struct slot *slot_get(struct kvstore *store, const struct kvstore_name *n
     if (!slot) {
         return NULL;
     }
-    slot->key = kvstore_slot_key(&name->segment_id, name->shard_index);
+    slot->key = kvstore_slot_key(name);
     HASH_ADD(hh, store->slots, key, sizeof(slot->key), slot);
     if (!slot->hh.tbl) {
         rk_free(slot);
@@ -258,7 +258,8 @@ static struct slot *slot_get(struct kvstore *store, const struct kvstore_name *n
 
 static struct kvstore_name shard_name(const struct kvstore_shard *shard)
 {
-    return (struct kvstore_name){.segment_id = shard->header.segment_id,
+    return (struct kvstore_name){.kind = shard->header.kind,
+                                 .segment_id = shard->header.segment_id,
                                  .generation = shard->header.generation,
                                  .shard_index = shard->header.shard_index};
 }
@@ -406,6 +407,7 @@ enum rk_status kvstore_put_write(struct kvstore_put *put, const void *data, size
         kvstore_shard_reap(store, shard);
     } else if (!good) {
         store->stats.checksum_failures++;
+        store->stats.put_checksum_failures++;
         kvstore_shard_remove(store, shard);
     } else {
         store->stats.put_bytes += bytes;
@@ -481,7 +483,7 @@ enum rk_status kvstore_commit(struct kvstore *store, const struct kvstore_name *
 {
     enum rk_status status = RK_OK;
     kvstore_lock(store);
-    struct slot *slot = kvstore_slot_find(store, &name->segment_id, name->shard_index);
+    struct slot *slot = kvstore_slot_find(store, name);
     struct kvstore_shard *old = slot ? slot->committed : NULL;
     struct kvstore_shard *fresh = kvstore_staged_find(store, name);
     if (old && old->header.generation == name->generation) {
@@ -540,7 +542,7 @@ enum rk_status kvstore_drop(struct kvstore *store, const struct kvstore_name *na
         kvstore_shard_remove(store, staged);
         status = RK_OK;
     }
-    struct slot *slot = kvstore_slot_find(store, &name->segment_id, name->shard_index);
+    struct slot *slot = kvstore_slot_find(store, name);
     struct kvstore_shard *held = slot ? slot->committed : NULL;
     if (held && (name->generation == 0 || held->header.generation == name->generation)) {
         kvstore_evicted_note(store, &slot->key, false);

@@ -21,17 +21,15 @@ static void pin_locked(struct kvstore *store, struct kvstore_shard *shard)
 }
 
 /* RK_MISS_ABSENT, RK_MISS_EVICTED. */
-static enum rk_status find_committed(struct kvstore *store, const struct rk_id *id,
-                                     uint32_t shard_index, enum kvstore_kind kind,
+static enum rk_status find_committed(struct kvstore *store, const struct kvstore_name *name,
                                      struct kvstore_shard **ret_shard)
 {
-    struct slot *slot = kvstore_slot_find(store, id, shard_index);
-    struct kvstore_shard *shard = slot ? slot->committed : NULL;
-    if (shard && shard->header.kind == kind) {
-        *ret_shard = shard;
+    struct slot *slot = kvstore_slot_find(store, name);
+    if (slot && slot->committed) {
+        *ret_shard = slot->committed;
         return RK_OK;
     }
-    struct slot_key key = kvstore_slot_key(id, shard_index);
+    struct slot_key key = kvstore_slot_key(name);
     return kvstore_evicted_seen(store, &key) ? RK_MISS_EVICTED : RK_MISS_ABSENT;
 }
 
@@ -52,8 +50,7 @@ enum rk_status kvstore_pin(struct kvstore *store, const struct kvstore_name *nam
 {
     kvstore_lock(store);
     struct kvstore_shard *shard = NULL;
-    enum rk_status status =
-        find_committed(store, &name->segment_id, name->shard_index, KVSTORE_SHARD, &shard);
+    enum rk_status status = find_committed(store, name, &shard);
     if (status == RK_OK && fingerprint && !rk_id_equal(fingerprint, &shard->header.fingerprint)) {
         status = RK_MISS_FINGERPRINT;
     } else if (status == RK_OK && shard->header.generation != name->generation) {
@@ -69,7 +66,8 @@ enum rk_status kvstore_pin_value(struct kvstore *store, const struct rk_id *id,
 {
     struct kvstore_shard *shard = NULL;
     kvstore_lock(store);
-    enum rk_status status = find_committed(store, id, 0, KVSTORE_VALUE, &shard);
+    const struct kvstore_name name = {.kind = KVSTORE_VALUE, .segment_id = *id};
+    enum rk_status status = find_committed(store, &name, &shard);
     pin_found(store, status, shard, ret_shard);
     kvstore_unlock(store);
     return status;
@@ -79,7 +77,8 @@ bool kvstore_has_value(struct kvstore *store, const struct rk_id *id)
 {
     struct kvstore_shard *shard = NULL;
     kvstore_lock(store);
-    enum rk_status status = find_committed(store, id, 0, KVSTORE_VALUE, &shard);
+    const struct kvstore_name name = {.kind = KVSTORE_VALUE, .segment_id = *id};
+    enum rk_status status = find_committed(store, &name, &shard);
     kvstore_unlock(store);
     return status == RK_OK;
 }
@@ -233,11 +232,11 @@ enum rk_status kvstore_describe(struct kvstore *store, const struct kvstore_name
                                 struct kvstore_header **ret_header)
 {
     struct kvstore_header *copy = NULL;
+    RK_ASSERT(name->kind == KVSTORE_SHARD);
     kvstore_lock(store);
-    struct slot *slot = kvstore_slot_find(store, &name->segment_id, name->shard_index);
+    struct slot *slot = kvstore_slot_find(store, name);
     struct kvstore_shard *shard = slot ? slot->committed : NULL;
-    bool found = shard && shard->header.kind == KVSTORE_SHARD &&
-                 shard->header.generation == name->generation;
+    bool found = shard && shard->header.generation == name->generation;
     if (found) {
         const struct kvstore_header *header = &shard->header;
         size_t tokens_bytes = header->num_token_ids * sizeof(int32_t);
@@ -346,7 +345,8 @@ enum rk_status kvstore_fault_inject(struct kvstore *store, struct kvstore_name *
         uint64_t checksum = 0;
         kvstore_shard_page(shard, 0, ret_offset, &checksum);
         store->arena[*ret_offset] ^= 0x01;
-        *ret_name = (struct kvstore_name){.segment_id = shard->header.segment_id,
+        *ret_name = (struct kvstore_name){.kind = shard->header.kind,
+                                          .segment_id = shard->header.segment_id,
                                           .generation = shard->header.generation,
                                           .shard_index = shard->header.shard_index};
     }

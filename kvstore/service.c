@@ -614,7 +614,7 @@ typedef bool (*value_check)(struct kvstore *store, const struct rk_id *id);
 
 static bool value_drop(struct kvstore *store, const struct rk_id *id)
 {
-    const struct kvstore_name name = {.segment_id = *id};
+    const struct kvstore_name name = {.kind = KVSTORE_VALUE, .segment_id = *id};
     return kvstore_has_value(store, id) && kvstore_drop(store, &name) == RK_OK;
 }
 

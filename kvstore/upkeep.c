@@ -27,6 +27,7 @@ struct figures {
     struct published evictions;
     struct published put_bytes;
     struct published checksum_failures;
+    struct published put_checksum_failures;
     struct published staged_collected;
     struct published scrubbed_bytes;
     struct published misses[RK_STATUS_COUNT];
@@ -57,9 +58,12 @@ static void figures_create(struct figures *figures)
         rk_metric_counter("redknot_kvstore_evictions_total", "Shards evicted to make room.", NULL);
     figures->put_bytes.metric =
         rk_metric_counter("redknot_kvstore_put_bytes_total", "Bytes of pages accepted.", NULL);
-    figures->checksum_failures.metric = rk_metric_counter(
-        "redknot_kvstore_checksum_failures_total",
-        "Pages that did not match their checksum, on arrival or when scrubbed.", NULL);
+    figures->checksum_failures.metric =
+        rk_metric_counter("redknot_kvstore_checksum_failures_total",
+                          "Pages whose bytes changed here: found by the scrubber.", NULL);
+    figures->put_checksum_failures.metric =
+        rk_metric_counter("redknot_kvstore_put_checksum_failures_total",
+                          "Pages that came with a checksum which is not theirs.", NULL);
     figures->staged_collected.metric =
         rk_metric_counter("redknot_kvstore_staged_collected_total",
                           "Staged shards dropped because no commit came in time.", NULL);
@@ -95,7 +99,9 @@ static void publish(struct upkeep *upkeep)
     rk_metric_set(figures->staged, (double)stats.num_staged);
     publish_counter(&figures->evictions, stats.evictions);
     publish_counter(&figures->put_bytes, stats.put_bytes);
-    publish_counter(&figures->checksum_failures, stats.checksum_failures);
+    publish_counter(&figures->checksum_failures,
+                    stats.checksum_failures - stats.put_checksum_failures);
+    publish_counter(&figures->put_checksum_failures, stats.put_checksum_failures);
     publish_counter(&figures->staged_collected, stats.staged_collected);
     publish_counter(&figures->scrubbed_bytes, stats.scrubbed_bytes);
     for (int status = 0; status < RK_STATUS_COUNT; status++) {

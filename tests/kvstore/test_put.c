@@ -73,6 +73,7 @@ static void a_bad_page_leaves_nothing(void **state)
     struct kvstore_stats stats;
     kvstore_stats_get(store, &stats);
     assert_int_equal(stats.checksum_failures, 1);
+    assert_int_equal(stats.put_checksum_failures, 1);
 }
 
 static void wrong_counts_are_refused(void **state)

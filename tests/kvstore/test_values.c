@@ -142,7 +142,7 @@ static void it_never_changes(void **state)
     struct kvstore *store = *state;
     unsigned key = 7;
     struct rk_id id = rk_id_value(&key, sizeof(key));
-    struct kvstore_name any = {.segment_id = id};
+    struct kvstore_name any = {.kind = KVSTORE_VALUE, .segment_id = id};
     struct kvstore_header header = value_header(&key, 5000);
     struct kvstore_put *first = NULL;
     struct kvstore_put *second = NULL;
@@ -220,9 +220,43 @@ static void it_is_no_shard_to_anybody(void **state)
     kvstore_stats_get(store, &stats);
     assert_int_equal(stats.num_shards, 1);
     assert_int_equal(stats.num_values, 1);
-    struct kvstore_name any = {.segment_id = id};
+    struct kvstore_name any = {.kind = KVSTORE_VALUE, .segment_id = id};
     assert_int_equal(kvstore_drop(store, &any), RK_OK);
     assert_int_equal(kvstore_removed_take(store, &name, 1, &lost), 0); /* Nobody is told. */
+}
+
+/* Somebody stores a shard under the id that a value's key has: neither hides the other, whichever
+ * comes first, and each goes alone. */
+static void a_shard_under_its_id_is_another_thing(void **state)
+{
+    struct kvstore *store = *state;
+    unsigned key = 9;
+    struct kvstore_header shard = shard_header(1, UINT64_C(1) << 61, 60);
+    shard.segment_id = rk_id_value(&key, sizeof(key));
+    struct kvstore_name shard_is = shard_name(&shard);
+    struct kvstore_name value_is = {.kind = KVSTORE_VALUE, .segment_id = shard.segment_id};
+    for (int value_first = 0; value_first < 2; value_first++) {
+        if (value_first) {
+            assert_int_equal(value_put(store, key, 3000, 3000), RK_OK);
+        }
+        assert_int_equal(shard_put(store, &shard), RK_OK);
+        if (!value_first) {
+            assert_int_equal(value_put(store, key, 3000, 3000), RK_OK);
+        }
+        assert_int_equal(shard_read(store, &shard), RK_OK);
+        assert_int_equal(value_check(store, key, 3000), RK_OK);
+        assert_int_equal(value_put(store, key, 3000, 3000), RK_ERR_EXISTS);
+        if (value_first) {
+            assert_int_equal(kvstore_drop(store, &shard_is), RK_OK);
+            assert_int_equal(value_check(store, key, 3000), RK_OK);
+            assert_int_equal(kvstore_drop(store, &value_is), RK_OK);
+        } else {
+            assert_int_equal(kvstore_drop(store, &value_is), RK_OK);
+            assert_int_equal(value_check(store, key, 3000), RK_MISS_ABSENT);
+            assert_int_equal(shard_read(store, &shard), RK_OK);
+            assert_int_equal(kvstore_drop(store, &shard_is), RK_OK);
+        }
+    }
 }
 
 static void it_makes_room_and_is_scrubbed(void **state)
@@ -252,8 +286,10 @@ int main(void)
 {
 #define STORED(test) cmocka_unit_test_setup_teardown(test, set_up, tear_down)
     const struct CMUnitTest tests[] = {STORED(pieces_of_any_size_make_a_value),
-                                       STORED(it_never_changes), STORED(wrong_values_leave_nothing),
+                                       STORED(it_never_changes),
+                                       STORED(wrong_values_leave_nothing),
                                        STORED(it_is_no_shard_to_anybody),
+                                       STORED(a_shard_under_its_id_is_another_thing),
                                        STORED(it_makes_room_and_is_scrubbed)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
