@@ -35,10 +35,7 @@ static void set_defaults(const struct coordinator_options *options,
 
 static void create_metrics(struct coordinator_metrics *metrics)
 {
-    static const char *const labels[2][2] = {
-        {"role=\"store\",state=\"down\"", "role=\"store\",state=\"alive\""},
-        {"role=\"worker\",state=\"down\"", "role=\"worker\",state=\"alive\""},
-    };
+    static const char *const roles[2] = {"store", "worker"};
 
     metrics->hits = rk_metric_counter("redknot_coordinator_locate_hits_total",
                                       "Segments located with all shards on live nodes.", NULL);
@@ -69,12 +66,6 @@ static void create_metrics(struct coordinator_metrics *metrics)
                                               "Size of the metadata database.", NULL);
     metrics->metadata_ratio = rk_metric_gauge("redknot_coordinator_metadata_ratio",
                                               "Bytes of metadata database per byte of KV.", NULL);
-    for (int role = 0; role < 2; role++) {
-        for (int alive = 0; alive < 2; alive++) {
-            metrics->nodes[role][alive] =
-                rk_metric_gauge("redknot_coordinator_nodes", "Nodes known.", labels[role][alive]);
-        }
-    }
     for (int state = 0; state < NODE_STATE_COUNT; state++) {
         char label[64];
 
@@ -82,6 +73,12 @@ static void create_metrics(struct coordinator_metrics *metrics)
                        index_node_state_name((enum node_state)state));
         metrics->stores[state] =
             rk_metric_gauge("redknot_coordinator_stores", "Store nodes known, by state.", label);
+        for (int role = 0; role < 2; role++) {
+            (void)snprintf(label, sizeof(label), "role=\"%s\",state=\"%s\"", roles[role],
+                           index_node_state_name((enum node_state)state));
+            metrics->nodes[role][state] = rk_metric_gauge(
+                "redknot_coordinator_nodes", "Nodes known, in the words of status.", label);
+        }
     }
     metrics->ejections = rk_metric_counter("redknot_coordinator_ejections_total",
                                            "Stores that reported but did not answer.", NULL);
@@ -170,8 +167,7 @@ fail:
 /* Nodes that came or went are told once. Under index_lock. */
 static void watch_nodes(struct coordinator *coordinator)
 {
-    double counts[2][2] = {{0}};
-    double stores[NODE_STATE_COUNT] = {0};
+    double counts[2][NODE_STATE_COUNT] = {{0}};
     int64_t now_ns = rk_clock_ns();
     double factor_max = index_factor_max(coordinator->index, now_ns);
 
@@ -180,10 +176,7 @@ static void watch_nodes(struct coordinator *coordinator)
         bool worker = node->info->role == REDKNOT__V1__NODE_INFO__ROLE__ROLE_WORKER;
         bool alive = index_node_alive(coordinator->index, node, now_ns);
 
-        counts[worker][alive]++;
-        if (node->info->role == REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE) {
-            stores[index_node_state(coordinator->index, node, factor_max, now_ns)]++;
-        }
+        counts[worker][index_node_state(coordinator->index, node, factor_max, now_ns)]++;
         if (alive != node->was_alive) {
             node->was_alive = alive;
             rk_log(alive ? RK_LOG_LEVEL_INFO : RK_LOG_LEVEL_WARN, alive ? "node_up" : "node_down",
@@ -192,12 +185,12 @@ static void watch_nodes(struct coordinator *coordinator)
         }
     }
     for (int role = 0; role < 2; role++) {
-        for (int alive = 0; alive < 2; alive++) {
-            rk_metric_set(coordinator->metrics.nodes[role][alive], counts[role][alive]);
+        for (int i = 0; i < NODE_STATE_COUNT; i++) {
+            rk_metric_set(coordinator->metrics.nodes[role][i], counts[role][i]);
         }
     }
     for (int i = 0; i < NODE_STATE_COUNT; i++) {
-        rk_metric_set(coordinator->metrics.stores[i], stores[i]);
+        rk_metric_set(coordinator->metrics.stores[i], counts[0][i]);
     }
 }
 

@@ -36,7 +36,7 @@ struct coordinator_metrics {
     struct rk_metric *kv_bytes;
     struct rk_metric *metadata_bytes;
     struct rk_metric *metadata_ratio;
-    struct rk_metric *nodes[2][2]; /* [worker][alive] */
+    struct rk_metric *nodes[2][NODE_STATE_COUNT]; /* [worker] */
     struct rk_metric *stores[NODE_STATE_COUNT];
     struct rk_metric *ejections;
 };

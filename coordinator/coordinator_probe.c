@@ -8,12 +8,18 @@
  * No lock is held during a call but to cancel it.
  */
 #include "common/base/clock.h"
+#include "common/base/descriptors.h"
 #include "common/base/log.h"
 #include "coordinator/coordinator_internal.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
+#include <unistd.h>
+
+#define DESCRIPTORS_SPARE 4 /* a call may need some for its connection */
 
 /* A copy of what is to be asked; the probe is under the prober's lock. */
 struct probe_target {
@@ -23,6 +29,7 @@ struct probe_target {
     bool connected;
     bool begun;
     enum rk_status sent;
+    struct rk_error why_not; /* it could not be created */
     struct peers_probe *probe;
 };
 
@@ -55,6 +62,18 @@ void coordinator_store_answered(struct coordinator *coordinator, const char *nod
     (void)pthread_mutex_unlock(&coordinator->index_lock);
 }
 
+/* A process without descriptors or memory reaches nobody: that says nothing of the others. */
+static bool short_ourselves(void)
+{
+    int fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    bool is_short = fd < 0 || (uint32_t)fd + DESCRIPTORS_SPARE >= rk_descriptors_limit();
+
+    if (fd >= 0) {
+        (void)close(fd);
+    }
+    return is_short;
+}
+
 void coordinator_store_failed(struct coordinator *coordinator, const char *node_id,
                               uint64_t incarnation, const char *reason)
 {
@@ -62,6 +81,12 @@ void coordinator_store_failed(struct coordinator *coordinator, const char *node_
     bool ejected = false;
 
     if (!probing(coordinator)) { /* Nothing would ever readmit it. */
+        return;
+    }
+    /* gRPC tells the cause of the last attempt until it makes another one. */
+    if (short_ourselves() || strstr(reason, strerror(EMFILE)) != NULL ||
+        strstr(reason, strerror(ENFILE)) != NULL) {
+        RK_LOG_DEBUG("failure_not_counted", "node=%q reason=%q", node_id, reason);
         return;
     }
     (void)pthread_mutex_lock(&coordinator->index_lock);
@@ -136,11 +161,11 @@ static void publish_probe(struct coordinator *coordinator, struct probe_target *
 static void begin(struct coordinator *coordinator, struct probe_target *target)
 {
     struct peers_probe *probe = NULL;
-    struct rk_error error = {0};
 
     target->begun = true;
-    target->sent = peers_probe_create(coordinator->peers, target->address,
-                                      (int)coordinator->options.probe_timeout_ms, &probe, &error);
+    target->sent =
+        peers_probe_create(coordinator->peers, target->address,
+                           (int)coordinator->options.probe_timeout_ms, &probe, &target->why_not);
     if (target->sent == RK_OK) {
         publish_probe(coordinator, target, probe);
         target->sent = peers_probe_send(probe);
@@ -155,8 +180,13 @@ static void end(struct coordinator *coordinator, struct probe_target *target, bo
     struct rk_error error = {0};
     enum rk_status status;
 
-    if (probe == NULL) {
-        return; /* Memory is out, which is not the store's fault. */
+    if (probe == NULL && target->sent == RK_ERR_NO_MEMORY) {
+        return; /* Which is not the store's fault. */
+    }
+    if (probe == NULL) { /* Its address is none. */
+        coordinator_store_failed(coordinator, target->node_id, target->incarnation,
+                                 target->why_not.text);
+        return;
     }
     status = peers_probe_result(probe, &error);
     publish_probe(coordinator, target, NULL);

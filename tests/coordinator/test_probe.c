@@ -9,11 +9,14 @@
  */
 #include "tests/coordinator/fake_store.h"
 
+#include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/kv_layout.h"
 #include "common/metrics/metrics.h"
 #include "common/rpc/rpc.h"
 #include "coordinator/coordinator.h"
+#include "coordinator/metadata.h"
+#include "coordinator/record.h"
 #include "redknot/v1/coordinator.pb-c.h"
 
 #include <netinet/in.h>
@@ -24,6 +27,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -325,6 +329,71 @@ static void a_store_that_does_not_serve_is_ejected(void **state)
     assert_true(ejections() == ejections_before + 2);
 }
 
+/* Of a database that an older version wrote: who registers now is asked for an address. */
+static void a_store_without_an_address_is_ejected(void **state)
+{
+    struct fixture *f = *state;
+    Redknot__V1__NodeInfo info = REDKNOT__V1__NODE_INFO__INIT;
+    Redknot__V1__HeartbeatRequest request = REDKNOT__V1__HEARTBEAT_REQUEST__INIT;
+    struct metadata_change change = {.key = "n/store-9", .key_bytes = 9};
+    struct metadata *metadata = NULL;
+    ProtobufCMessage *reply = NULL;
+    void *data;
+
+    down(f);
+    info.node_id = (char *)(uintptr_t) "store-9";
+    info.role = REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE;
+    info.incarnation = 11;
+    info.grpc_address = (char *)(uintptr_t) "nowhere";
+    data = record_pack(&info.base, &change.value_bytes);
+    change.value = data;
+    assert_int_equal(metadata_rocksdb.open(f->directory, &metadata, NULL), RK_OK);
+    assert_int_equal(metadata_rocksdb.write(metadata, &change, 1, true, NULL), RK_OK);
+    metadata_rocksdb.close(metadata);
+    rk_free(data);
+    up(f);
+    request.node_id = info.node_id;
+    request.incarnation = 11;
+    assert_int_equal(
+        call(f, M("Heartbeat"), &request.base, &redknot__v1__heartbeat_reply__descriptor, &reply),
+        RK_OK);
+    rk_rpc_message_free(reply);
+    wait_for_state(f, "store-9", "ejected");
+}
+
+/* Our own need of descriptors is not the store's fault; with some again, the store's silence is. */
+static void our_own_shortage_ejects_nobody(void **state)
+{
+    struct fixture *f = *state;
+    struct rlimit limit;
+    struct rlimit none;
+    char found[32];
+    int held[64];
+    int num_held = 0;
+
+    join(f, "store-0", 11, f->stores[0].address);
+    wait_for_state(f, "store-0", "up");
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &limit), 0);
+    none = limit;
+    none.rlim_cur = (rlim_t)dup(0);
+    (void)close((int)none.rlim_cur);
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &none), 0);
+    fake_store_stop(&f->stores[0]); /* A new connection would be needed, to learn that. */
+    for (int i = 0; i < 500; i++) { /* Dozens of probes. */
+        while (num_held < 64 && (held[num_held] = dup(0)) >= 0) {
+            num_held++; /* What the store gave back is taken, too. */
+        }
+        rk_clock_sleep_ms(2);
+    }
+    node_state(f, "store-0", found);
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &limit), 0);
+    while (num_held > 0) {
+        (void)close(held[--num_held]);
+    }
+    assert_string_not_equal(found, "ejected");
+    wait_for_state(f, "store-0", "ejected");
+}
+
 static void a_readmitted_store_starts_slowly(void **state)
 {
     struct fixture *f = *state;
@@ -550,6 +619,8 @@ int main(void)
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
         TEST(a_store_that_does_not_serve_is_ejected),
+        TEST(a_store_without_an_address_is_ejected),
+        TEST(our_own_shortage_ejects_nobody),
         TEST(a_readmitted_store_starts_slowly),
         TEST(silence_is_a_failure),
         TEST(who_comes_back_announces_again),
