@@ -73,6 +73,14 @@ RK_MUST_CHECK enum rk_status rk_kv_get(struct rk_kv_client *client, const struct
                                        const struct rk_until *until, struct rk_kv_pages *ret_pages,
                                        struct rk_error *error);
 void rk_kv_release(struct rk_kv_client *client, struct rk_kv_pages *pages);
+/*
+ * Are these pages still what they were when they came? To be asked after each use, before anything
+ * that was made of them is shown: see "The guard" in common/transport/transport.h.
+ * RK_MISS_EVICTED: the room of some was given to another. RK_MISS_NODE_DOWN: a store's connection
+ * is lost, and its pins with it. Any thread, beside any other use of the client; it never blocks.
+ */
+RK_MUST_CHECK enum rk_status rk_kv_pages_check(const struct rk_kv_client *client,
+                                               const struct rk_kv_pages *pages);
 
 /* pages: [layer][kv_head][page], each rk_kv_page_bytes(layout); checksums alike, XXH3-64 of the
  * whole page. Already stored is RK_OK too (*ret_already, may be NULL). */

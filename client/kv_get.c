@@ -273,6 +273,16 @@ fail:
     return status;
 }
 
+enum rk_status rk_kv_pages_check(const struct rk_kv_client *client, const struct rk_kv_pages *pages)
+{
+    const struct hold *hold = pages->hold;
+    enum rk_status status = RK_OK;
+    for (uint32_t i = 0; hold && status == RK_OK && i < hold->count; i++) {
+        status = rk_kv_pool_check(client->pool, hold->parts[i].connection, &hold->parts[i].pages);
+    }
+    return status;
+}
+
 void rk_kv_release(struct rk_kv_client *client, struct rk_kv_pages *pages)
 {
     hold_release(client, pages->hold);

@@ -72,6 +72,7 @@ struct rk_kv_pool_ops {
     enum rk_status (*put)(struct rk_transport *transport, struct rk_put *puts, size_t num_puts,
                           const struct rk_until *until, struct rk_error *error);
     void (*release)(struct rk_transport *transport, struct rk_pages *pages, size_t num_pages);
+    enum rk_status (*check)(const struct rk_transport *transport, const struct rk_pages *pages);
     void (*destroy)(struct rk_transport *transport);
     int64_t (*clock_ns)(void); /* of back-off; waits go by the monotonic clock */
 };
@@ -99,6 +100,10 @@ RK_MUST_CHECK enum rk_status rk_kv_pool_get(
  * does it on the way out. The pages' array may go right after the call. */
 void rk_kv_pool_release(struct rk_kv_pool *pool, struct rk_kv_connection *connection,
                         struct rk_pages *pages, size_t num_pages);
+/* As rk_transport_check. Takes no lock: a connection with a hold stays. */
+RK_MUST_CHECK enum rk_status rk_kv_pool_check(const struct rk_kv_pool *pool,
+                                              const struct rk_kv_connection *connection,
+                                              const struct rk_pages *pages);
 RK_MUST_CHECK enum rk_status rk_kv_pool_put(struct rk_kv_pool *pool,
                                             const struct rk_kv_endpoint *endpoint,
                                             struct rk_put *puts, size_t num_puts,

@@ -62,6 +62,7 @@ static const struct rk_kv_pool_ops transport_ops = {
     .get = rk_transport_get,
     .put = rk_transport_put,
     .release = rk_transport_release,
+    .check = rk_transport_check,
     .destroy = rk_transport_destroy,
     .clock_ns = rk_clock_ns,
 };
@@ -727,6 +728,13 @@ enum rk_status rk_kv_pool_put(struct rk_kv_pool *pool, const struct rk_kv_endpoi
         }
         use.want_fresh = true;
     }
+}
+
+enum rk_status rk_kv_pool_check(const struct rk_kv_pool *pool,
+                                const struct rk_kv_connection *connection,
+                                const struct rk_pages *pages)
+{
+    return pool->ops->check(connection->transport, pages);
 }
 
 void rk_kv_pool_release(struct rk_kv_pool *pool, struct rk_kv_connection *connection,

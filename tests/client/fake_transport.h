@@ -37,6 +37,7 @@ static struct fake {
     int gets;
     int puts;
     int destroyed;
+    enum rk_status guard; /* of pages that are held */
     void (*on_get)(void); /* called once inside the next get */
 } fake;
 
@@ -148,6 +149,12 @@ static void fake_release(struct rk_transport *transport, struct rk_pages *pages,
     }
 }
 
+static enum rk_status fake_check(const struct rk_transport *transport, const struct rk_pages *pages)
+{
+    RK_ASSERT(transport->pins > 0 && pages->pages);
+    return fake.guard;
+}
+
 static void fake_destroy(struct rk_transport *transport)
 {
     RK_ASSERT(transport->pins == 0);
@@ -162,6 +169,7 @@ static const struct rk_kv_pool_ops fake_ops = {
     .get = fake_get,
     .put = fake_put,
     .release = fake_release,
+    .check = fake_check,
     .destroy = fake_destroy,
     .clock_ns = fake_clock_ns,
 };

@@ -53,6 +53,28 @@ static enum rk_status read_one(struct rk_kv_client *client, const struct rk_kv_l
     return status;
 }
 
+static void pages_that_are_held_are_checked_where_they_are(void **state)
+{
+    (void)state;
+    static const char *const stores[] = {"a:1"};
+    static const enum rk_status guards[] = {RK_OK, RK_MISS_EVICTED, RK_OK, RK_MISS_NODE_DOWN};
+    struct rk_kv_client client = {.pool = fake_pool()};
+    struct rk_kv_location location = location_of(stores, 1);
+    struct rk_until until = {.deadline_ns = rk_deadline_in_ms(1000)};
+    struct rk_kv_pages pages;
+    assert_int_equal(
+        rk_kv_get(&client, &fingerprint, &layout, &location, &first_page, 1, &until, &pages, NULL),
+        RK_OK);
+    for (size_t i = 0; i < sizeof(guards) / sizeof(guards[0]); i++) {
+        fake.guard = guards[i];
+        assert_int_equal(rk_kv_pages_check(&client, &pages), guards[i]);
+    }
+    rk_kv_release(&client, &pages);
+    assert_int_equal(rk_kv_pages_check(&client, &pages), RK_OK); /* Nothing is held. */
+    rk_kv_locations_free(&location, 1);
+    rk_kv_pool_destroy(client.pool);
+}
+
 static void a_request_pays_one_deadline_for_all_its_segments(void **state)
 {
     (void)state;
@@ -172,6 +194,7 @@ static void a_silent_coordinator_is_waited_for_once(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(pages_that_are_held_are_checked_where_they_are),
         cmocka_unit_test(a_request_pays_one_deadline_for_all_its_segments),
         cmocka_unit_test(a_replica_serves_when_the_first_store_is_down),
         cmocka_unit_test(a_cancellation_is_no_miss),

@@ -30,6 +30,7 @@
 #define STORE_KILLS     10
 #define KILL_DELAY_MAX  50 /* ms after the request */
 #define RECOVER_MAX_NS  30000000000
+#define RESTARTS        "redknot_worker_restarts_total{reason=\"MISS_NODE_DOWN\"}"
 #define CHECKSUM_MISSES "redknot_worker_segment_misses_total{reason=\"MISS_CHECKSUM\"}"
 
 static int32_t ids[DOCUMENTS][DOCUMENT];
@@ -173,8 +174,13 @@ static void store_killed_in_the_middle(void **state)
     struct killer killer;
     struct answer answer;
     warm_up();
-    ask_and_kill(0, &cluster.store, &killer); /* pages in use come from the dead store's memory */
+    double restarts = cluster_metric(cluster.worker_metrics[0], RESTARTS);
+    ask_and_kill(0, &cluster.store, &killer); /* pages in use go with the store: it begins again */
     expect_right(&killer.answer, "exact", GENERATED);
+    if (!path) { /* Over the others they are copies. */
+        assert_int_equal(killer.answer.report.restarts, 1);
+        assert_true(cluster_metric(cluster.worker_metrics[0], RESTARTS) == restarts + 1);
+    }
     answer_clear(&killer.answer);
     /* While it is away: everything is a miss with a reason, and is computed. */
     ask_right(1, "exact", false, &answer);

@@ -60,6 +60,7 @@ static void make_metrics(struct api_metrics *metrics)
 static const struct api_kv_ops kv_ops = {
     .locate = rk_kv_locate,
     .get = rk_kv_get,
+    .check = rk_kv_pages_check,
     .release = rk_kv_release,
     .put = rk_kv_put,
     .drop_copy = rk_kv_drop_copy,

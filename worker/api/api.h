@@ -32,7 +32,7 @@ struct api_kv_ops {
                           const struct rk_extent *extents, size_t num_extents,
                           const struct rk_until *until, struct rk_kv_pages *ret_pages,
                           struct rk_error *error);
-    enum rk_status (*check)(struct rk_kv_client *client, const struct rk_kv_pages *pages);
+    enum rk_status (*check)(const struct rk_kv_client *client, const struct rk_kv_pages *pages);
     void (*release)(struct rk_kv_client *client, struct rk_kv_pages *pages);
     enum rk_status (*put)(struct rk_kv_client *client, const struct rk_kv_put *put,
                           const struct rk_until *until, bool *ret_already, struct rk_error *error);

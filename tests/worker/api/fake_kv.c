@@ -147,10 +147,10 @@ static enum rk_status fake_get(struct rk_kv_client *client, const struct rk_id *
     return RK_OK;
 }
 
-static enum rk_status fake_check(struct rk_kv_client *client, const struct rk_kv_pages *pages)
+static enum rk_status fake_check(const struct rk_kv_client *client, const struct rk_kv_pages *pages)
 {
-    struct fake_kv *kv = (struct fake_kv *)(void *)client;
-    assert_ptr_equal(pages->hold, kv);
+    struct fake_kv *kv = pages->hold;
+    assert_ptr_equal(client, kv);
     int check = atomic_fetch_add(&kv->checks, 1) + 1;
     bool lost =
         kv->fails_at > 0 && (check == kv->fails_at || (kv->lost_all && check > kv->fails_at));
