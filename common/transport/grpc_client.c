@@ -36,12 +36,35 @@ static void grpc_client_destroy(void *connection)
     rk_free(client);
 }
 
-/* The channel connects with the first call: that one's deadline bounds it. */
+/* A channel connects with its first call, so there is one: who is there, and is it the one that is
+ * looked for? A process that is stopped has a port that takes connections. */
+static enum rk_status greet(struct grpc_client *client, const struct rk_until *until,
+                            struct rk_error *error)
+{
+    Redknot__V1__StoreStatusRequest request = REDKNOT__V1__STORE_STATUS_REQUEST__INIT;
+    struct ProtobufCMessage *message = NULL;
+    struct rk_error why = {.text = ""};
+    enum rk_status status =
+        rk_rpc_unary_until(client->channel, "/redknot.v1.KvStore/StoreStatus", &request.base,
+                           &redknot__v1__store_status_reply__descriptor, until, &message, &why);
+    if (status == RK_OK) {
+        const Redknot__V1__StoreStatusReply *reply = (const Redknot__V1__StoreStatusReply *)message;
+        status = transport_identity_check(client->node_id, client->incarnation, reply->node_id,
+                                          reply->incarnation, error);
+        rk_rpc_message_free(message);
+        return status;
+    }
+    if (status != RK_ERR_UNAVAILABLE && status != RK_ERR_DEADLINE && status != RK_ERR_CANCELLED) {
+        return RK_OK; /* It answers, if only that it is busy. */
+    }
+    return rk_error_set(error, status == RK_ERR_DEADLINE ? RK_ERR_UNAVAILABLE : status,
+                        "the store does not answer over gRPC: %s", why.text);
+}
+
 static enum rk_status grpc_connect(const struct rk_transport_endpoint *endpoint,
                                    const struct rk_until *until, void **ret_connection,
                                    struct rk_error *error)
 {
-    (void)until;
     struct grpc_client *client = rk_alloc_zero(1, sizeof(*client));
     if (!client) {
         return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a connection");
@@ -51,6 +74,9 @@ static enum rk_status grpc_connect(const struct rk_transport_endpoint *endpoint,
     enum rk_status status =
         client->node_id ? rk_rpc_channel_create(endpoint->grpc_address, &client->channel, error)
                         : rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a connection");
+    if (status == RK_OK) {
+        status = greet(client, until, error);
+    }
     if (status != RK_OK) {
         grpc_client_destroy(client);
         return status;

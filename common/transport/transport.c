@@ -93,7 +93,13 @@ enum rk_status rk_transport_connect_until(const struct rk_transport_endpoint *en
         if (!wanted) {
             continue;
         }
-        status = connect_path(ops, endpoint, until, ret_transport, error);
+        /* One that is silent must leave time for the others. */
+        struct rk_until share = *until;
+        if (path == RK_PATH_NONE && i + 1 < NUM_PATHS) {
+            int left_ms = rk_deadline_left_ms(until->deadline_ns);
+            share = rk_until_sooner(until, rk_deadline_in_ms(left_ms / 3));
+        }
+        status = connect_path(ops, endpoint, &share, ret_transport, error);
         if (status == RK_OK || status == RK_ERR_CANCELLED) {
             return status;
         }

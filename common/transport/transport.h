@@ -118,8 +118,9 @@ struct rk_put {
     enum rk_status status; /* out */
 };
 
-/* path RK_PATH_NONE: the nearest that works (shm, else ucx, else grpc). Else that one or an
- * error. */
+/* path RK_PATH_NONE: the nearest that works (shm, else ucx, else grpc); each but the last may use a
+ * third of the time that is left. Else that one or an error. Whoever is connected has spoken: a
+ * port that takes connections and says nothing is RK_ERR_UNAVAILABLE. */
 RK_MUST_CHECK enum rk_status rk_transport_connect(const struct rk_transport_endpoint *endpoint,
                                                   enum rk_path path, int timeout_ms,
                                                   struct rk_transport **ret_transport,

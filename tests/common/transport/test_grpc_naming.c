@@ -1,7 +1,9 @@
 /*
  * Goal:   over gRPC, too, a store that answers about another item, or that is another one than was
- *         looked for, is not believed, however good its checksums are.
- * Method: a server of our own that answers as it is told to.
+ *         looked for, is not believed, however good its checksums are; and connecting finds the
+ *         nearest path that answers, in the time there is.
+ * Method: a server of our own that answers as it is told to; sockets that take connections and say
+ *         nothing, as those of a stopped process do.
  */
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
@@ -11,11 +13,16 @@
 #include "redknot/v1/kvstore.pb-c.h"
 #include "tests/common/transport/one_get.h"
 
+#include <arpa/inet.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
@@ -223,9 +230,65 @@ static void replies_name_who_answers(void **state)
     rk_transport_destroy(transport);
 }
 
+/* ---- Which path ---- */
+
+static int silent_listen(int family, const void *to, socklen_t bytes)
+{
+    int fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert_int_equal(bind(fd, to, bytes), 0);
+    assert_int_equal(listen(fd, 8), 0);
+    return fd;
+}
+
+static void a_silent_nearer_path_leaves_time(void **state)
+{
+    struct sockaddr_un to = {.sun_family = AF_UNIX};
+    char folder[64] = "/tmp/redknot-test-XXXXXX";
+    struct rk_transport *transport = NULL;
+    (void)state;
+    said.node_id = "store-1";
+    said.incarnation = 5;
+    assert_non_null(mkdtemp(folder));
+    (void)snprintf(to.sun_path, sizeof(to.sun_path), "%s/socket", folder);
+    int fd = silent_listen(AF_UNIX, &to, sizeof(to));
+    const struct rk_transport_endpoint endpoint = {.grpc_address = address,
+                                                   .host_id = rk_host_id(),
+                                                   .shm_socket = to.sun_path,
+                                                   .node_id = "store-1",
+                                                   .incarnation = 5};
+    int64_t begin_ns = rk_clock_ns();
+    assert_int_equal(rk_transport_connect(&endpoint, RK_PATH_NONE, 3000, &transport, NULL), RK_OK);
+    assert_true(rk_clock_ns() - begin_ns < INT64_C(2000000000));
+    assert_int_equal(rk_transport_path(transport), RK_PATH_GRPC);
+    assert_int_equal(rk_transport_nearest(&endpoint), RK_PATH_SHM); /* To be tried again later. */
+    rk_transport_destroy(transport);
+    assert_int_equal(close(fd), 0);
+    assert_int_equal(unlink(to.sun_path), 0);
+    assert_int_equal(rmdir(folder), 0);
+}
+
+static void a_port_that_says_nothing_is_no_connection(void **state)
+{
+    struct sockaddr_in to = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t bytes = sizeof(to);
+    char where[32];
+    struct rk_transport *transport = NULL;
+    (void)state;
+    int fd = silent_listen(AF_INET, &to, sizeof(to));
+    assert_int_equal(getsockname(fd, (struct sockaddr *)&to, &bytes), 0);
+    (void)snprintf(where, sizeof(where), "127.0.0.1:%d", ntohs(to.sin_port));
+    const struct rk_transport_endpoint endpoint = {.grpc_address = where};
+    assert_int_equal(rk_transport_connect(&endpoint, RK_PATH_NONE, 300, &transport, NULL),
+                     RK_ERR_UNAVAILABLE);
+    assert_null(transport);
+    assert_int_equal(close(fd), 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(replies_name_what_they_answer),
-                                       cmocka_unit_test(replies_name_who_answers)};
+                                       cmocka_unit_test(replies_name_who_answers),
+                                       cmocka_unit_test(a_silent_nearer_path_leaves_time),
+                                       cmocka_unit_test(a_port_that_says_nothing_is_no_connection)};
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }
