@@ -633,6 +633,8 @@ static void serve(struct rk_shm_server *server, struct connection *connection, s
     }
     if (status == RK_ERR_NO_MEMORY) {
         why = "out of memory";
+    } else if (status != RK_ERR_INVALID) {
+        why = NULL; /* It went, which is no fault; an earlier frame may have left words here. */
     }
     if (status != RK_OK && status != RK_ERR_BUSY) {
         connection_quiet(server, connection, why);

@@ -665,7 +665,7 @@ static int descriptors_open(void)
 }
 
 /* These bytes, with so many descriptors beside them. */
-static void raw_send_with(int fd, const void *data, size_t bytes, size_t num_fds)
+static void raw_send_beside(int fd, const void *data, size_t bytes, int beside, size_t num_fds)
 {
     union {
         struct cmsghdr align;
@@ -681,9 +681,14 @@ static void raw_send_with(int fd, const void *data, size_t bytes, size_t num_fds
     rights->cmsg_type = SCM_RIGHTS;
     rights->cmsg_len = CMSG_LEN(num_fds * sizeof(int));
     for (size_t i = 0; i < num_fds; i++) {
-        memcpy(CMSG_DATA(rights) + i * sizeof(int), &fd, sizeof(int));
+        memcpy(CMSG_DATA(rights) + i * sizeof(int), &beside, sizeof(int));
     }
     (void)sendmsg(fd, &message, MSG_NOSIGNAL);
+}
+
+static void raw_send_with(int fd, const void *data, size_t bytes, size_t num_fds)
+{
+    raw_send_beside(fd, data, bytes, fd, num_fds);
 }
 
 static void descriptors_beside_frames_are_closed(void **state)
@@ -802,6 +807,44 @@ static void no_descriptor_left(void **state)
     server_start(arena, 4, 8);
 }
 
+/* Whoever puts something and goes is no stranger, and the log does not say so. */
+static void going_after_a_put_is_no_fault(void **state)
+{
+    struct arena *arena = *state;
+    struct __attribute__((packed)) {
+        struct shm_frame_header header;
+        struct shm_outbox outbox;
+        struct shm_frame_header put_header;
+        uint32_t count;
+        uint32_t head_bytes;
+        struct pinned_head head; /* of 0 bytes: its answer comes at once */
+    } frames = {.outbox.bytes = 4096, .count = 1, .head_bytes = sizeof(frames.head)};
+    char log[128];
+    shm_header_fill(&frames.header, SHM_OUTBOX, 0, sizeof(frames.outbox));
+    shm_header_fill(&frames.put_header, SHM_PUT, 1,
+                    sizeof(uint32_t) * 2 + sizeof(struct pinned_head));
+    snprintf(log, sizeof(log), "%s/log", arena->folder);
+    int stderr_before = dup(STDERR_FILENO);
+    int out = open(log, O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+    assert_true(dup2(out, STDERR_FILENO) >= 0);
+    rk_log_init("test", RK_LOG_LEVEL_INFO);
+    int outbox = memfd_create("outbox", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    assert_int_equal(ftruncate(outbox, 4096), 0);
+    assert_int_equal(fcntl(outbox, F_ADD_SEALS, F_SEAL_SHRINK), 0);
+    int fd = raw_connect(arena);
+    raw_hello(fd);
+    raw_send_beside(fd, &frames, sizeof(frames), outbox, 1);
+    assert_int_equal(shutdown(fd, SHUT_WR), 0);
+    is_dropped(fd);
+    rk_log_init("test", RK_LOG_LEVEL_ERROR);
+    assert_true(dup2(stderr_before, STDERR_FILENO) >= 0);
+    assert_int_equal(lines_of(log, "shm_reader_dropped"), 0);
+    close(stderr_before);
+    close(out);
+    close(outbox);
+    assert_int_equal(unlink(log), 0);
+}
+
 /* A store that hands over more than its memory. */
 static void more_than_an_arena_is_refused(void **state)
 {
@@ -905,6 +948,7 @@ int main(void)
         SERVED(descriptors_beside_frames_are_closed),
         ALONE(more_than_an_arena_is_refused),
         ALONE(no_descriptor_left),
+        SERVED(going_after_a_put_is_no_fault),
         ALONE(start_survives_each_failed_allocation),
     };
     rk_log_init("test", RK_LOG_LEVEL_ERROR);
