@@ -15,6 +15,7 @@ enum rk_status rk_kv_client_create(const struct rk_kv_client_options *options,
     }
     client->timeout_ms = options->timeout_ms > 0 ? options->timeout_ms : RK_KV_TIMEOUT_MS;
     RK_ASSERT(pthread_mutex_init(&client->lock, NULL) == 0);
+    client->maker = getpid();
     const struct rk_kv_pool_options pool = {.path = options->path};
     enum rk_status status = rk_kv_pool_create(&pool, &client->pool);
     if (status != RK_OK) {
@@ -40,7 +41,7 @@ fail:
 
 void rk_kv_client_destroy(struct rk_kv_client *client)
 {
-    if (!client) {
+    if (!client || rk_is_copy(client->maker)) {
         return;
     }
     rk_rpc_channel_destroy(client->coordinator);
@@ -337,6 +338,9 @@ enum rk_status rk_kv_locate(struct rk_kv_client *client, const struct rk_id *fin
                             const struct rk_until *until, struct rk_kv_location *ret_locations,
                             struct rk_error *error)
 {
+    if (rk_is_copy(client->maker)) {
+        return rk_copy_refuse(error);
+    }
     for (size_t i = 0; i < num_ids; i++) {
         ret_locations[i] =
             (struct rk_kv_location){.segment_id = ids[i], .status = RK_MISS_NODE_DOWN};
@@ -361,6 +365,9 @@ enum rk_status rk_kv_drop(struct rk_kv_client *client, const struct rk_id *ids, 
                           struct rk_error *error)
 {
     uint32_t dropped = 0;
+    if (rk_is_copy(client->maker)) {
+        return rk_copy_refuse(error);
+    }
     for (size_t begin = 0; begin < num_ids; begin += RK_KV_BATCH_IDS_MAX) {
         Redknot__V1__DropRequest request = REDKNOT__V1__DROP_REQUEST__INIT;
         Redknot__V1__DropReply *reply = NULL;

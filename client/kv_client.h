@@ -9,6 +9,10 @@
  * was cancelled. One until serves a whole request: what is left of it is what
  * the next call gets.
  *
+ * A client serves the process that made it: in a child after fork() every call
+ * is refused with RK_ERR_INVALID, destroying and releasing do nothing. Fork before
+ * the first client is made: the child cannot make another one.
+ *
  * Threads: any thread may call; calls on one client run side by side (a
  * transport connection per calling thread is taken from a bounded pool).
  */

@@ -28,7 +28,8 @@ static void hold_release(struct rk_kv_client *client, struct hold *hold)
     if (!hold) {
         return;
     }
-    for (uint32_t i = 0; i < hold->count; i++) {
+    uint32_t count = rk_is_copy(client->maker) ? 0 : hold->count;
+    for (uint32_t i = 0; i < count; i++) {
         rk_kv_pool_release(client->pool, hold->parts[i].connection, &hold->parts[i].pages, 1);
     }
     rk_free(hold);
@@ -224,6 +225,9 @@ enum rk_status rk_kv_get(struct rk_kv_client *client, const struct rk_id *finger
                          const struct rk_until *until, struct rk_kv_pages *ret_pages,
                          struct rk_error *error)
 {
+    if (rk_is_copy(client->maker)) {
+        return rk_copy_refuse(error);
+    }
     enum rk_status status = check_location(location, fingerprint, layout);
     if (status != RK_OK) {
         return rk_error_set(error, status, "%s", rk_status_text(status));

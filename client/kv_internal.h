@@ -9,6 +9,7 @@
 #ifndef CLIENT_KV_INTERNAL_H
 #define CLIENT_KV_INTERNAL_H
 
+#include "client/fork_internal.h"
 #include "client/kv_client.h"
 #include "common/rpc/rpc.h"
 
@@ -142,6 +143,7 @@ struct rk_kv_client {
     struct rk_kv_pool *pool;
     char *address;
     int timeout_ms;
+    pid_t maker;
     pthread_mutex_t lock; /* Leaf; guards what follows. */
     uint32_t coordinator_failures;
     int64_t coordinator_retry_ns;

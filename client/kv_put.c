@@ -244,6 +244,9 @@ enum rk_status rk_kv_put(struct rk_kv_client *client, const struct rk_kv_put *pu
                          const struct rk_until *until, bool *ret_already, struct rk_error *error)
 {
     RK_ASSERT(rk_kv_layout_valid(&put->layout));
+    if (rk_is_copy(client->maker)) {
+        return rk_copy_refuse(error);
+    }
     if (put->num_tokens == 0 || put->num_tokens > RK_SEGMENT_TOKENS_MAX) {
         return rk_error_set(error, RK_ERR_INVALID, "a segment has 1 to %u tokens, not %u",
                             RK_SEGMENT_TOKENS_MAX, put->num_tokens);

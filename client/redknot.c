@@ -1,4 +1,5 @@
 #include "client/redknot.h"
+#include "client/fork_internal.h"
 #include "client/redknot_internal.h"
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
@@ -36,6 +37,7 @@ struct rk_client {
     char *worker;
     int timeout_ms;
     int metadata_timeout_ms;
+    pid_t maker;
     pthread_mutex_t lock; /* Guards what follows. */
     struct channel *channels;
     uint32_t num_channels;
@@ -69,6 +71,7 @@ enum rk_status rk_client_create(const struct rk_client_options *options,
         return rk_client_no_memory(error, "making a client");
     }
     RK_ASSERT(pthread_mutex_init(&client->lock, NULL) == 0);
+    client->maker = getpid();
     client->timeout_ms = options->timeout_ms > 0 ? options->timeout_ms : TIMEOUT_MS;
     client->metadata_timeout_ms =
         options->metadata_timeout_ms > 0 ? options->metadata_timeout_ms : METADATA_TIMEOUT_MS;
@@ -97,7 +100,7 @@ static void channel_destroy(struct channel *channel)
 
 void rk_client_destroy(struct rk_client *client)
 {
-    if (!client) {
+    if (!client || rk_is_copy(client->maker)) {
         return;
     }
     RK_ASSERT(!client->running);
@@ -114,6 +117,9 @@ void rk_client_destroy(struct rk_client *client)
 
 void rk_client_cancel(struct rk_client *client)
 {
+    if (rk_is_copy(client->maker)) {
+        return;
+    }
     (void)pthread_mutex_lock(&client->lock);
     client->cancelled = true;
     for (struct running *at = client->running; at; at = at->next) {
@@ -222,6 +228,9 @@ static enum rk_status ask_coordinator(struct rk_client *client, const char *path
                                       const ProtobufCMessageDescriptor *type,
                                       ProtobufCMessage **ret_reply, struct rk_error *error)
 {
+    if (rk_is_copy(client->maker)) {
+        return rk_copy_refuse(error);
+    }
     if (!client->coordinator) {
         return rk_error_set(error, RK_ERR_INVALID, "this client has no coordinator's address");
     }
@@ -641,6 +650,9 @@ enum rk_status rk_client_call_worker(struct rk_client *client, const struct rk_c
                                      struct rk_error *error)
 {
     struct workers workers = {.count = 0};
+    if (rk_is_copy(client->maker)) {
+        return rk_copy_refuse(error);
+    }
     enum rk_status status = workers_choose(client, &workers, error);
     bool received = false;
     bool next = status == RK_OK;

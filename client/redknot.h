@@ -15,6 +15,11 @@
  * coordinator's list; one that cannot be reached, or is full, before anything
  * came back from it is passed over for the next.
  *
+ * A client serves the process that made it: in a child after fork() its calls
+ * are refused with RK_ERR_INVALID and destroying it does nothing. The child cannot
+ * make another one (RK_ERR_UNSUPPORTED): fork before the first client is made, or
+ * start the child by exec.
+ *
  * Threads: any thread may call, calls on one client run side by side. Callbacks
  * run on the calling thread. Every call ends by timeout_ms.
  * Errors: a status and, in error (which may be NULL), a sentence for a person.

@@ -44,6 +44,7 @@ enum rk_status rk_values_create(const struct rk_values_options *options,
     if (!values) {
         return rk_error_set(error, RK_ERR_NO_MEMORY, "making a values client: out of memory");
     }
+    values->maker = getpid();
     values->timeout_ms = options->timeout_ms > 0 ? options->timeout_ms : VALUES_TIMEOUT_MS;
     status = stores_create(options->coordinator, &values->stores, error);
     if (status == RK_OK) {
@@ -63,7 +64,7 @@ enum rk_status rk_values_create(const struct rk_values_options *options,
 
 void rk_values_destroy(struct rk_values *values)
 {
-    if (!values) {
+    if (!values || rk_is_copy(values->maker)) {
         return;
     }
     operations_destroy(values->operations);
@@ -106,6 +107,9 @@ static enum rk_status call_begin(struct call *call, struct rk_values *values, si
                                  int timeout_ms, struct rk_error *error)
 {
     *call = (struct call){.values = values, .count = count, .error = error};
+    if (rk_is_copy(values->maker)) {
+        return rk_copy_refuse(error);
+    }
     if (count == 0 || count > VALUES_ITEMS_MAX) {
         return rk_error_set(error, RK_ERR_INVALID, "a call has 1 to %d items, not %zu",
                             VALUES_ITEMS_MAX, count);
@@ -395,7 +399,8 @@ struct view_call {
 
 static void held_release(struct rk_values *values, struct held_batch *held)
 {
-    while (held) {
+    bool copy = rk_is_copy(values->maker);
+    while (held && !copy) {
         struct held_batch *next = held->next;
         rk_kv_pool_release(values->pool, held->connection, held->pages, held->count);
         rk_free(held);

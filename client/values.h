@@ -14,6 +14,12 @@
  * work is done by threads of the library, and completions are taken with
  * drain when the eventfd is readable.
  *
+ * A client serves the process that made it. In a child after fork() its calls
+ * are refused with RK_ERR_INVALID, releasing and destroying do nothing, and the
+ * memory that views show may change at any time. gRPC does not survive a fork,
+ * so the child cannot make a client either (RK_ERR_UNSUPPORTED): fork before the
+ * first client is made, or start the child by exec (Python: "spawn").
+ *
  * Threads: any. Every call and operation ends by its timeout.
  * Errors:  a call is RK_OK when it was carried out; each item has its own
  *          status. A miss is RK_MISS_*.

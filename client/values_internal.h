@@ -86,6 +86,7 @@ struct rk_values {
     struct stores stores;
     struct rk_kv_pool *pool;
     int timeout_ms;
+    pid_t maker;
     struct operations *operations;
 };
 

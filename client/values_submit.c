@@ -207,6 +207,9 @@ static enum rk_status submit(struct rk_values *values, const struct operation *a
                              uint64_t *ret_operation, struct rk_error *error)
 {
     struct operations *operations = values->operations;
+    if (rk_is_copy(values->maker)) {
+        return rk_copy_refuse(error);
+    }
     (void)pthread_mutex_lock(&operations->lock);
     struct operation *operation = operations->free;
     if (operation) {
@@ -275,6 +278,9 @@ size_t rk_values_drain(struct rk_values *values, struct rk_value_completion *ret
     struct operations *operations = values->operations;
     uint64_t events = 0;
     size_t count = 0;
+    if (rk_is_copy(values->maker)) { /* The eventfd is the parent's too. */
+        return 0;
+    }
     (void)pthread_mutex_lock(&operations->lock);
     (void)!read(operations->event_fd, &events, sizeof(events));
     while (count < completions_max) {

@@ -10,6 +10,7 @@
 #define BACKOFF_FIRST_MS  100
 #define BACKOFF_MAX_MS    1000
 #define KEEPALIVE_MS      10000
+#define RENEW_MS          100  /* at most so often, since several calls fail together */
 #define DEADLINE_SLACK_MS 1000 /* gRPC's own deadline goes first: it knows the better reason */
 
 static grpc_channel *channel_open(const char *address)
@@ -42,7 +43,10 @@ static grpc_channel *channel_open(const char *address)
 enum rk_status rk_rpc_channel_create(const char *address, struct rk_rpc_channel **ret_channel,
                                      struct rk_error *error)
 {
-    enum rk_status status = rk_address_check(address, RK_ADDRESS_CALL, error);
+    enum rk_status status = rpc_fork_check(error);
+    if (status == RK_OK) {
+        status = rk_address_check(address, RK_ADDRESS_CALL, error);
+    }
     if (status != RK_OK) {
         return status;
     }
@@ -55,8 +59,10 @@ enum rk_status rk_rpc_channel_create(const char *address, struct rk_rpc_channel 
     }
     rpc_library_start();
     atomic_init(&channel->refs, 1);
+    RK_ASSERT(pthread_mutex_init(&channel->lock, NULL) == 0);
     channel->address = copy;
     channel->channel = channel_open(address);
+    channel->made_ns = rk_clock_ns();
     *ret_channel = channel;
     return RK_OK;
 }
@@ -72,6 +78,7 @@ void rpc_channel_unref(struct rk_rpc_channel *channel)
         return;
     }
     grpc_channel_destroy(channel->channel);
+    (void)pthread_mutex_destroy(&channel->lock);
     rk_free(channel->address);
     rk_free(channel);
     grpc_shutdown();
@@ -84,13 +91,43 @@ void rk_rpc_channel_destroy(struct rk_rpc_channel *channel)
     }
 }
 
+grpc_call *rpc_channel_call(struct rk_rpc_channel *channel, grpc_completion_queue *queue,
+                            const char *path, int timeout_ms)
+{
+    grpc_slice method = grpc_slice_from_copied_string(path);
+    (void)pthread_mutex_lock(&channel->lock);
+    grpc_call *call =
+        grpc_channel_create_call(channel->channel, NULL, GRPC_PROPAGATE_DEFAULTS, queue, method,
+                                 NULL, rpc_timespec_in_ms(timeout_ms), NULL);
+    (void)pthread_mutex_unlock(&channel->lock);
+    grpc_slice_unref(method);
+    return call;
+}
+
+/* Its connection is out of step with the server: gRPC does not notice, and would keep it. Calls
+ * under way have references of their own to what they use. */
+static void channel_renew(struct rk_rpc_channel *channel)
+{
+    (void)pthread_mutex_lock(&channel->lock);
+    grpc_channel *old = NULL;
+    if (rk_clock_ns() - channel->made_ns > RENEW_MS * INT64_C(1000000)) {
+        old = channel->channel;
+        channel->channel = channel_open(channel->address);
+        channel->made_ns = rk_clock_ns();
+    }
+    (void)pthread_mutex_unlock(&channel->lock);
+    if (old) {
+        grpc_channel_destroy(old);
+    }
+}
+
 gpr_timespec rpc_timespec_in_ms(int timeout_ms)
 {
     return gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC),
                         gpr_time_from_millis(timeout_ms, GPR_TIMESPAN));
 }
 
-enum rk_status rpc_call_outcome(const struct rk_rpc_channel *channel, const char *path,
+enum rk_status rpc_call_outcome(struct rk_rpc_channel *channel, const char *path,
                                 grpc_status_code code, const grpc_metadata_array *trailer,
                                 const grpc_slice *message, struct rk_error *error)
 {
@@ -108,6 +145,12 @@ enum rk_status rpc_call_outcome(const struct rk_rpc_channel *channel, const char
             error->answered = true;
         }
         return status;
+    }
+    if (code == GRPC_STATUS_INTERNAL) {
+        /* Not a handler's word but the protocol's, such as "Missing :authority header" when another
+         * process wrote to the same connection: that one is of no use any more. */
+        channel_renew(channel);
+        status = RK_ERR_UNAVAILABLE;
     }
     /* Cut from the right, so that who and what survive. */
     (void)rk_error_set(error, status, "%s", text[0] != '\0' ? text : rk_status_text(status));
@@ -131,14 +174,10 @@ struct unary {
 static void unary_run(struct unary *unary, struct rk_rpc_channel *channel, const char *path,
                       grpc_byte_buffer *request, const struct rk_until *until)
 {
-    grpc_slice method = grpc_slice_from_copied_string(path);
     int timeout_ms = rk_deadline_left_ms(until->deadline_ns);
     struct rk_until late = *until;
     late.deadline_ns = rk_deadline_in_ms((int64_t)timeout_ms + DEADLINE_SLACK_MS);
-    unary->call =
-        grpc_channel_create_call(channel->channel, NULL, GRPC_PROPAGATE_DEFAULTS, unary->queue,
-                                 method, NULL, rpc_timespec_in_ms(timeout_ms), NULL);
-    grpc_slice_unref(method);
+    unary->call = rpc_channel_call(channel, unary->queue, path, timeout_ms);
     grpc_op ops[] = {
         {.op = GRPC_OP_SEND_INITIAL_METADATA},
         {.op = GRPC_OP_SEND_MESSAGE, .data.send_message.send_message = request},
@@ -157,7 +196,7 @@ static void unary_run(struct unary *unary, struct rk_rpc_channel *channel, const
     (void)rpc_batch_finish(&unary->batch, unary->call, &late);
 }
 
-static enum rk_status unary_reply(struct unary *unary, const struct rk_rpc_channel *channel,
+static enum rk_status unary_reply(struct unary *unary, struct rk_rpc_channel *channel,
                                   const char *path, const struct ProtobufCMessageDescriptor *type,
                                   struct ProtobufCMessage **ret_reply, struct rk_error *error)
 {

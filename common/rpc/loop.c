@@ -51,6 +51,7 @@ void rpc_library_start(void)
     if (getenv("GRPC_VERBOSITY") == NULL) { /* Set by whoever wants to see them all. */
         gpr_set_log_function(log_line);
     }
+    rpc_fork_watch();
     /* gRPC starts threads of its own here; they inherit the mask. */
     sigset_t all;
     sigset_t before;

@@ -112,6 +112,7 @@ int64_t rk_rpc_call_deadline_ns(const struct rk_rpc_call *call);
 struct rk_rpc_channel; /* any thread; connects lazily, reconnects with back-off */
 struct rk_rpc_stream;  /* one call with streams; belongs to one thread */
 
+/* RK_ERR_UNSUPPORTED in a child that was forked after its parent used gRPC: it would harm both. */
 RK_MUST_CHECK enum rk_status rk_rpc_channel_create(const char *address,
                                                    struct rk_rpc_channel **ret_channel,
                                                    struct rk_error *error);

@@ -39,6 +39,10 @@ struct rpc_loop {
 
 /* Each is undone by one grpc_shutdown(). */
 void rpc_library_start(void);
+/* From now on a forked child knows that it is one. */
+void rpc_fork_watch(void);
+/* RK_ERR_UNSUPPORTED in a forked child, where gRPC does not work (fork.c). */
+RK_MUST_CHECK enum rk_status rpc_fork_check(struct rk_error *error);
 /* Also starts the library; rpc_loop_destroy shuts it down again. */
 void rpc_loop_create(struct rpc_loop *loop);
 RK_MUST_CHECK enum rk_status rpc_loop_start(struct rpc_loop *loop);
@@ -128,16 +132,20 @@ void rpc_slice_to_text(const grpc_slice *slice, char *ret_text, size_t text_byte
 /* ---- Client calls (client.c, stream.c) ---- */
 
 struct rk_rpc_channel {
+    pthread_mutex_t lock; /* Leaf: the channel is made anew under it. */
     grpc_channel *channel;
+    int64_t made_ns;
     char *address;
     atomic_uint refs; /* the owner, and each stream */
 };
 
 void rpc_channel_ref(struct rk_rpc_channel *channel);
+grpc_call *rpc_channel_call(struct rk_rpc_channel *channel, grpc_completion_queue *queue,
+                            const char *path, int timeout_ms);
 void rpc_channel_unref(struct rk_rpc_channel *channel);
 gpr_timespec rpc_timespec_in_ms(int timeout_ms);
 /* Turns a finished call's code, trailer and message into status and text. */
-enum rk_status rpc_call_outcome(const struct rk_rpc_channel *channel, const char *path,
+enum rk_status rpc_call_outcome(struct rk_rpc_channel *channel, const char *path,
                                 grpc_status_code code, const grpc_metadata_array *trailer,
                                 const grpc_slice *message, struct rk_error *error);
 

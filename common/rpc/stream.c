@@ -67,11 +67,7 @@ static enum rk_status stream_open(struct rk_rpc_channel *channel, const char *pa
     grpc_metadata_array_init(&stream->initial);
     grpc_metadata_array_init(&stream->trailer);
 
-    grpc_slice method = grpc_slice_from_copied_string(path);
-    stream->call =
-        grpc_channel_create_call(channel->channel, NULL, GRPC_PROPAGATE_DEFAULTS, stream->queue,
-                                 method, NULL, rpc_timespec_in_ms(timeout_ms), NULL);
-    grpc_slice_unref(method);
+    stream->call = rpc_channel_call(channel, stream->queue, path, timeout_ms);
     grpc_op status_op = {.op = GRPC_OP_RECV_STATUS_ON_CLIENT,
                          .data.recv_status_on_client = {.trailing_metadata = &stream->trailer,
                                                         .status = &stream->code,
