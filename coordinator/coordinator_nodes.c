@@ -187,7 +187,9 @@ enum rk_status coordinator_heartbeat(struct coordinator *coordinator, struct are
          * or ejected, for it did not hear of drops. */
         index_node_heard(coordinator->index, node, rk_clock_ns());
         reply->register_again = !node->registered;
-        node->info->used_bytes = request->used_bytes;
+        node->info->used_bytes = request->used_bytes < node->info->capacity_bytes
+                                     ? request->used_bytes
+                                     : node->info->capacity_bytes;
         changed = apply_removed(coordinator, node, request);
     }
     (void)pthread_mutex_unlock(&coordinator->index_lock);

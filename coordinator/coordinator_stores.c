@@ -1,4 +1,4 @@
-/* ListStores: the stores that may be placed on now. */
+/* ListStores: the stores that may be placed on now, and those that may not. */
 #include "common/base/clock.h"
 #include "coordinator/coordinator_internal.h"
 #include "coordinator/placement.h"
@@ -25,6 +25,26 @@ static Redknot__V1__ListStoresReply__Store *store_message(struct arena *arena,
     return store->endpoint == NULL ? NULL : store;
 }
 
+/* It is not usable now. */
+static Redknot__V1__ListStoresReply__Absent *absent_message(const struct coordinator *coordinator,
+                                                            struct arena *arena,
+                                                            const struct index_node *node,
+                                                            int64_t now_ns)
+{
+    Redknot__V1__ListStoresReply__Absent *absent = arena_alloc(arena, 1, sizeof(*absent));
+
+    if (absent == NULL) {
+        return NULL;
+    }
+    redknot__v1__list_stores_reply__absent__init(absent);
+    absent->endpoint = coordinator_endpoint_message(arena, node);
+    absent->state = (char *)(uintptr_t)index_node_state_name(
+        index_node_state(coordinator->index, node, 1.0, now_ns));
+    absent->silent_ms =
+        node->heard_ns == 0 ? UINT64_MAX : (uint64_t)(now_ns - node->heard_ns) / 1000000;
+    return absent->endpoint == NULL ? NULL : absent;
+}
+
 /* Under index_lock. */
 static enum rk_status fill_stores(struct coordinator *coordinator, struct arena *arena,
                                   Redknot__V1__ListStoresReply *reply)
@@ -34,13 +54,21 @@ static enum rk_status fill_stores(struct coordinator *coordinator, struct arena 
     double factor_max = index_factor_max(coordinator->index, now_ns);
 
     reply->stores = arena_alloc(arena, HASH_COUNT(first), sizeof(*reply->stores));
-    if (reply->stores == NULL) {
+    reply->absent = arena_alloc(arena, HASH_COUNT(first), sizeof(*reply->absent));
+    if (reply->stores == NULL || reply->absent == NULL) {
         return RK_ERR_NO_MEMORY;
     }
     for (struct index_node *node = first; node != NULL; node = node->hh.next) {
         double factor = index_node_factor(coordinator->index, node, now_ns);
 
+        if (node->info->role != REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE) {
+            continue;
+        }
         if (!index_node_usable(coordinator->index, node, now_ns)) {
+            reply->absent[reply->n_absent] = absent_message(coordinator, arena, node, now_ns);
+            if (reply->absent[reply->n_absent++] == NULL) {
+                return RK_ERR_NO_MEMORY;
+            }
             continue;
         }
         reply->stores[reply->n_stores] =

@@ -12,7 +12,7 @@
 #include "coordinator/index.h"
 
 #define PLACED_MAX       65536u
-#define PLACED_BYTES_MAX ((uint64_t)1 << 30) /* token ids kept until commit */
+#define PLACED_BYTES_MAX ((uint64_t)256 << 20) /* token ids kept until commit */
 
 struct placed_shard {
     char *node_id;

@@ -135,6 +135,11 @@ enum rk_status record_check_node(const Redknot__V1__NodeInfo *info, struct rk_er
         return rk_error_set(error, RK_ERR_INVALID, "node %s: a store needs a grpc_address",
                             info->node_id);
     }
+    if (info->capacity_bytes > RECORD_CAPACITY_MAX || info->used_bytes > RECORD_CAPACITY_MAX) {
+        return rk_error_set(error, RK_ERR_INVALID, "node %s: no store has %llu bytes, %llu used",
+                            info->node_id, (unsigned long long)info->capacity_bytes,
+                            (unsigned long long)info->used_bytes);
+    }
     if (!text_fits(info->grpc_address, RECORD_ADDRESS_MAX) ||
         !text_fits(info->host_id, RECORD_ADDRESS_MAX) ||
         !text_fits(info->shm_socket, RECORD_ADDRESS_MAX) ||

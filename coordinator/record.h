@@ -21,6 +21,7 @@
 #define RECORD_NODE_ID_MAX  255u
 #define RECORD_LABEL_MAX    4096u
 #define RECORD_ADDRESS_MAX  1024u
+#define RECORD_CAPACITY_MAX (UINT64_C(1) << 50) /* bytes of one store; sums stay in 64 bits */
 #define RECORD_FORMAT_MAGIC "redknot-coordinator"
 #define RECORD_FORMAT       1u
 /* Far over what any counter reaches, and far under where it would wrap. */

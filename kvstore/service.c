@@ -9,13 +9,16 @@
 
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-#define MESSAGE_BYTES 1048576u /* of data in one message of a get */
-#define PARTS_MAX     256u
-#define DROPS_MAX     4096u      /* beside the first, in one call */
-#define GET_BYTES_MAX (2u << 20) /* all extents and items that a get may have fit into it */
+#define MESSAGE_BYTES       1048576u /* of data in one message of a get */
+#define PARTS_MAX           256u
+#define STATUS_SHARDS_MAX   65536u
+#define STATUS_CURSOR_BYTES (RK_ID_BYTES + 4)
+#define DROPS_MAX           4096u      /* beside the first, in one call */
+#define GET_BYTES_MAX       (2u << 20) /* all extents and items that a get may have fit into it */
 
 /* ---- Put ---- */
 
@@ -681,39 +684,112 @@ static enum rk_status handle_drop_values(struct rk_rpc_call *call, void *context
 
 /* ---- Status ---- */
 
-/* As many shards as can be described; what goes meanwhile is left out. */
-static enum rk_status status_shards(struct kvstore_service *service, struct rk_rpc_call *call,
-                                    Redknot__V1__StoreStatusReply *reply)
+/* Where a page of names ends, as a client keeps it: in the order of names, so that it stands
+ * whatever comes and goes. */
+static void cursor_of(const struct kvstore_name *name, uint8_t ret_cursor[STATUS_CURSOR_BYTES])
 {
+    memcpy(ret_cursor, name->segment_id.bytes, RK_ID_BYTES);
+    for (int i = 0; i < 4; i++) { /* Big endian: bytes compare as the number does. */
+        ret_cursor[RK_ID_BYTES + i] = (uint8_t)(name->shard_index >> (24 - 8 * i));
+    }
+}
+
+static int cursor_compare(const void *a, const void *b)
+{
+    uint8_t left[STATUS_CURSOR_BYTES];
+    uint8_t right[STATUS_CURSOR_BYTES];
+    cursor_of(a, left);
+    cursor_of(b, right);
+    return memcmp(left, right, sizeof(left));
+}
+
+/* The first name behind after; num_names: none. */
+static size_t page_begin(const struct kvstore_name *names, size_t num_names,
+                         const ProtobufCBinaryData *after)
+{
+    size_t low = 0;
+    size_t high = after->len == 0 ? 0 : num_names;
+    while (low < high) {
+        uint8_t cursor[STATUS_CURSOR_BYTES];
+        size_t middle = low + (high - low) / 2;
+        cursor_of(&names[middle], cursor);
+        if (memcmp(cursor, after->data, sizeof(cursor)) <= 0) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+/* One page of what it holds. What goes meanwhile is left out. */
+struct status_page {
+    struct kvstore_header *headers; /* without text and tokens */
+    struct shard_message *shards;
+    Redknot__V1__Shard **pointers;
+    size_t count;
+    uint8_t cursor[STATUS_CURSOR_BYTES];
+};
+
+static enum rk_status status_page_fill(struct kvstore_service *service,
+                                       const struct kvstore_name *names, size_t count,
+                                       struct status_page *page)
+{
+    page->headers = rk_alloc_zero(count + 1, sizeof(*page->headers));
+    page->shards = rk_alloc_zero(count + 1, sizeof(*page->shards));
+    page->pointers = rk_alloc_zero(count + 1, sizeof(*page->pointers));
+    if (!page->headers || !page->shards || !page->pointers) {
+        return RK_ERR_NO_MEMORY;
+    }
+    for (size_t i = 0; i < count; i++) {
+        struct kvstore_header *header = NULL;
+        if (kvstore_describe(service->store, &names[i], &header) == RK_OK) {
+            page->headers[page->count] = *header; /* Its tokens would be gigabytes in all. */
+            rk_free(header);
+            shard_message_fill(&page->shards[page->count], &page->headers[page->count],
+                               service->node_id);
+            page->pointers[page->count] = &page->shards[page->count].shard;
+            page->count++;
+        }
+    }
+    return RK_OK;
+}
+
+static enum rk_status status_shards(struct kvstore_service *service, struct rk_rpc_call *call,
+                                    const Redknot__V1__StoreStatusRequest *request,
+                                    Redknot__V1__StoreStatusReply *reply, struct rk_error *error)
+{
+    struct status_page page = {.count = 0};
     struct kvstore_name *names = NULL;
     size_t num_names = 0;
+    if (request->after.len != 0 && request->after.len != STATUS_CURSOR_BYTES) {
+        return rk_error_set(error, RK_ERR_INVALID, "after is no next_after of an earlier reply");
+    }
     enum rk_status status = kvstore_list(service->store, &names, &num_names);
     if (status != RK_OK) {
         return status;
     }
-    struct kvstore_header **headers = rk_alloc_zero(num_names, sizeof(struct kvstore_header *));
-    struct shard_message *shards = rk_alloc_zero(num_names, sizeof(*shards));
-    Redknot__V1__Shard **pointers = rk_alloc_zero(num_names, sizeof(*pointers));
-    size_t count = 0;
-    status = headers && shards && pointers ? RK_OK : RK_ERR_NO_MEMORY;
-    for (size_t i = 0; i < num_names && status == RK_OK; i++) {
-        if (kvstore_describe(service->store, &names[i], &headers[count]) == RK_OK) {
-            shard_message_fill(&shards[count], headers[count], service->node_id);
-            pointers[count] = &shards[count].shard;
-            count++;
-        }
+    qsort(names, num_names, sizeof(*names), cursor_compare);
+    size_t begin = page_begin(names, num_names, &request->after);
+    size_t count = num_names - begin;
+    size_t count_max = request->shards_max;
+    if (count_max == 0 || count_max > STATUS_SHARDS_MAX) {
+        count_max = STATUS_SHARDS_MAX;
     }
+    if (count > count_max) {
+        count = count_max;
+        cursor_of(&names[begin + count - 1], page.cursor);
+        reply->next_after = (ProtobufCBinaryData){sizeof(page.cursor), page.cursor};
+    }
+    status = status_page_fill(service, names + begin, count, &page);
     if (status == RK_OK) {
-        reply->n_shards = count;
-        reply->shards = pointers;
+        reply->n_shards = page.count;
+        reply->shards = page.pointers;
         status = rk_rpc_call_send(call, &reply->base);
     }
-    for (size_t i = 0; i < count; i++) {
-        rk_free(headers[i]);
-    }
-    rk_free(headers);
-    rk_free(shards);
-    rk_free(pointers);
+    rk_free(page.headers);
+    rk_free(page.shards);
+    rk_free(page.pointers);
     rk_free(names);
     return status;
 }
@@ -724,14 +800,13 @@ static enum rk_status handle_store_status(struct rk_rpc_call *call, void *contex
     struct kvstore_service *service = context;
     struct ProtobufCMessage *message = NULL;
     struct kvstore_stats stats;
-    (void)error;
     enum rk_status status =
         rk_rpc_call_recv(call, &redknot__v1__store_status_request__descriptor, &message);
     if (status != RK_OK) {
         return status;
     }
-    bool with_shards = ((const Redknot__V1__StoreStatusRequest *)message)->with_shards;
-    rk_rpc_message_free(message);
+    const Redknot__V1__StoreStatusRequest *request =
+        (const Redknot__V1__StoreStatusRequest *)message;
     kvstore_stats_get(service->store, &stats);
     Redknot__V1__StoreStatusReply reply = REDKNOT__V1__STORE_STATUS_REPLY__INIT;
     reply.node_id = (char *)service->node_id;
@@ -745,10 +820,10 @@ static enum rk_status handle_store_status(struct rk_rpc_call *call, void *contex
     reply.version = (char *)REDKNOT_VERSION;
     reply.cluster_id = (char *)rk_service_cluster();
     reply.pid = (uint32_t)getpid();
-    if (with_shards) {
-        return status_shards(service, call, &reply);
-    }
-    return rk_rpc_call_send(call, &reply.base);
+    status = request->with_shards ? status_shards(service, call, request, &reply, error)
+                                  : rk_rpc_call_send(call, &reply.base);
+    rk_rpc_message_free(message);
+    return status;
 }
 
 /* ---- The other paths ---- */

@@ -746,6 +746,40 @@ static void status_tells_nodes_and_segments(void **state)
     rk_rpc_message_free(&reply->base);
 }
 
+/* Numbers of a peer enter sums and weights. */
+static void numbers_that_cannot_be_are_refused(void **state)
+{
+    struct fixture *f = *state;
+    Redknot__V1__NodeInfo info = REDKNOT__V1__NODE_INFO__INIT;
+    Redknot__V1__RegisterRequest request = REDKNOT__V1__REGISTER_REQUEST__INIT;
+    Redknot__V1__HeartbeatRequest beat = REDKNOT__V1__HEARTBEAT_REQUEST__INIT;
+    Redknot__V1__StatusRequest ask = REDKNOT__V1__STATUS_REQUEST__INIT;
+    ProtobufCMessage *reply = NULL;
+
+    info.node_id = (char *)(uintptr_t) "store-0";
+    info.role = REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE;
+    info.incarnation = 11;
+    info.grpc_address = f->stores[0].address;
+    info.capacity_bytes = UINT64_MAX;
+    request.node = &info;
+    assert_int_equal(
+        call(f, M("RegisterNode"), &request.base, &redknot__v1__register_reply__descriptor, &reply),
+        RK_ERR_INVALID);
+    join(f, 0, 11);
+    beat.node_id = info.node_id;
+    beat.incarnation = 11;
+    beat.used_bytes = UINT64_MAX;
+    assert_int_equal(
+        call(f, M("Heartbeat"), &beat.base, &redknot__v1__heartbeat_reply__descriptor, &reply),
+        RK_OK);
+    rk_rpc_message_free(reply);
+    assert_int_equal(
+        call(f, M("Status"), &ask.base, &redknot__v1__status_reply__descriptor, &reply), RK_OK);
+    const Redknot__V1__NodeInfo *told = ((Redknot__V1__StatusReply *)reply)->nodes[0]->info;
+    assert_true(told->used_bytes == told->capacity_bytes);
+    rk_rpc_message_free(reply);
+}
+
 static void limit_files(rlim_t bytes)
 {
     struct rlimit limit;
@@ -833,6 +867,7 @@ int main(void)
         TEST(garbage_is_refused),
         TEST(names_that_are_none_are_refused),
         TEST(status_tells_nodes_and_segments),
+        TEST(numbers_that_cannot_be_are_refused),
         TEST(a_full_disk_is_lived_with),
         TEST(a_second_coordinator_is_refused),
     };

@@ -89,8 +89,16 @@ static void stores_are_listed_by_capacity(void **state)
     up(f);
     stores = list_stores(f);
     assert_int_equal(stores->n_stores, 0);
+    assert_int_equal(stores->n_absent, 2); /* Whoever must reach all of them cannot. */
+    assert_string_equal(stores->absent[0]->state, "down");
+    assert_true(stores->absent[0]->silent_ms == UINT64_MAX);
+    assert_string_equal(stores->absent[0]->endpoint->grpc_address, f->stores[0].address);
     rk_rpc_message_free(&stores->base);
     (void)heartbeat(f, 1, 12, NULL);
+    stores = list_stores(f);
+    assert_int_equal(stores->n_absent, 1);
+    assert_string_equal(stores->absent[0]->endpoint->node_id, store_name(0));
+    rk_rpc_message_free(&stores->base);
     assert_true(listed_weight(f, 0) == 0);
     assert_true(listed_weight(f, 1) == 2 * weight);
 }

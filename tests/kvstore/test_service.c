@@ -236,6 +236,52 @@ static void a_bad_put_is_refused(void **state)
     rk_rpc_message_free(message);
 }
 
+/* In pages, so that no reply is too long for a message; what goes in between is no stumbling block.
+ */
+static void status_comes_in_pages(void **state)
+{
+    struct daemon *daemon = *state;
+    Redknot__V1__StoreStatusRequest request = REDKNOT__V1__STORE_STATUS_REQUEST__INIT;
+    uint8_t after[64];
+    uint8_t last[RK_ID_BYTES] = {0};
+    int count = 0;
+    for (uint32_t i = 1; i <= 7; i++) {
+        struct kvstore_header header = shard_header(i, 1, 64);
+        stored(daemon, &header);
+    }
+    request.with_shards = 1;
+    request.shards_max = 2;
+    do {
+        struct ProtobufCMessage *message = NULL;
+        assert_int_equal(rk_rpc_unary(daemon->channel, "/redknot.v1.KvStore/StoreStatus",
+                                      &request.base, &redknot__v1__store_status_reply__descriptor,
+                                      WAIT_MS, &message, NULL),
+                         RK_OK);
+        const Redknot__V1__StoreStatusReply *reply = (const Redknot__V1__StoreStatusReply *)message;
+        assert_true(reply->n_shards <= 2 && reply->next_after.len <= sizeof(after));
+        for (size_t i = 0; i < reply->n_shards; i++) {
+            assert_true(memcmp(last, reply->shards[i]->segment_id.data, sizeof(last)) < 0);
+            memcpy(last, reply->shards[i]->segment_id.data, sizeof(last));
+            count++;
+        }
+        request.after = (ProtobufCBinaryData){reply->next_after.len, after};
+        memcpy(after, reply->next_after.data, reply->next_after.len);
+        rk_rpc_message_free(message);
+        if (count == 2) { /* The one that the page ended with. */
+            struct kvstore_name name = {.generation = 1};
+            memcpy(name.segment_id.bytes, last, sizeof(last));
+            assert_int_equal(client_end(daemon->channel, "DropShard", &name), RK_OK);
+        }
+    } while (request.after.len > 0);
+    assert_int_equal(count, 7);
+    request.after = (ProtobufCBinaryData){5, after};
+    struct ProtobufCMessage *message = NULL;
+    assert_int_equal(rk_rpc_unary(daemon->channel, "/redknot.v1.KvStore/StoreStatus", &request.base,
+                                  &redknot__v1__store_status_reply__descriptor, WAIT_MS, &message,
+                                  NULL),
+                     RK_ERR_INVALID);
+}
+
 static void damage_is_noticed_by_the_reader(void **state)
 {
     struct daemon *daemon = *state;
@@ -338,6 +384,7 @@ int main(void)
         SERVED(both_paths_give_the_same_bytes),
         SERVED(both_paths_give_the_same_reasons),
         SERVED(a_bad_put_is_refused),
+        SERVED(status_comes_in_pages),
         SERVED(damage_is_noticed_by_the_reader),
         SERVED(a_stopped_store_is_a_miss_in_time),
         SERVED(a_killed_store_is_unavailable),
