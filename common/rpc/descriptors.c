@@ -22,7 +22,7 @@ static const Redknot__Rpc__DescriptorFile *parsed(const struct rpc_descriptor_fi
 
 /* Takes the name. */
 static enum rk_status symbol_add(struct rpc_descriptors *descriptors, char *name,
-                                 bool reply_is_single)
+                                 bool request_is_single, bool reply_is_single)
 {
     if (!name) {
         return RK_ERR_NO_MEMORY;
@@ -42,6 +42,7 @@ static enum rk_status symbol_add(struct rpc_descriptors *descriptors, char *name
     descriptors->symbols[descriptors->num_symbols++] =
         (struct rpc_symbol){.name = name,
                             .file = descriptors->num_files - 1, /* the file being read */
+                            .request_is_single = request_is_single,
                             .reply_is_single = reply_is_single};
     return RK_OK;
 }
@@ -56,7 +57,7 @@ static enum rk_status enums_add(struct rpc_descriptors *descriptors, const char 
 {
     enum rk_status status = RK_OK;
     for (size_t i = 0; i < num_enums && status == RK_OK; i++) {
-        status = symbol_add(descriptors, name_join(scope, enums[i]->name), false);
+        status = symbol_add(descriptors, name_join(scope, enums[i]->name), false, false);
     }
     return status;
 }
@@ -73,7 +74,7 @@ static enum rk_status message_add(struct rpc_descriptors *descriptors, const cha
         rk_free(name);
         return RK_ERR_NO_MEMORY;
     }
-    enum rk_status status = symbol_add(descriptors, name, false);
+    enum rk_status status = symbol_add(descriptors, name, false, false);
     if (status == RK_OK) {
         status = enums_add(descriptors, inner, message->enum_type, message->n_enum_type);
     }
@@ -98,9 +99,10 @@ static enum rk_status service_add(struct rpc_descriptors *descriptors, const cha
     if (!inner) {
         return RK_ERR_NO_MEMORY;
     }
-    enum rk_status status = symbol_add(descriptors, rk_alloc_string(inner), false);
+    enum rk_status status = symbol_add(descriptors, rk_alloc_string(inner), false, false);
     for (size_t i = 0; i < service->n_method && status == RK_OK; i++) {
         status = symbol_add(descriptors, name_join(inner, service->method[i]->name),
+                            !service->method[i]->client_streaming,
                             !service->method[i]->server_streaming);
     }
     rk_free(inner);

@@ -18,10 +18,15 @@ static bool health_knows(const struct rk_rpc_server *server, const char *service
     return known;
 }
 
-static enum rk_status health_send(struct rk_rpc_call *call, int serving_status)
+int rpc_health_state(const struct rk_rpc_server *server, bool known)
+{
+    return !known ? UNKNOWN_SERVICE : server->serving ? SERVING : NOT_SERVING;
+}
+
+enum rk_status rpc_health_send(struct rk_rpc_call *call, int state)
 {
     Grpc__Health__V1__HealthCheckResponse reply = GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__INIT;
-    reply.status = (Grpc__Health__V1__HealthCheckResponse__ServingStatus)serving_status;
+    reply.status = (Grpc__Health__V1__HealthCheckResponse__ServingStatus)state;
     return rk_rpc_call_send(call, &reply.base);
 }
 
@@ -51,37 +56,19 @@ static enum rk_status health_check(struct rk_rpc_call *call, void *context, stru
         return rk_error_set(error, RK_ERR_NOT_FOUND, "no such service on this server");
     }
     pthread_mutex_lock(&server->sync.mutex);
-    bool serving = server->serving;
+    int state = rpc_health_state(server, true);
     pthread_mutex_unlock(&server->sync.mutex);
-    return health_send(call, serving ? SERVING : NOT_SERVING);
+    return rpc_health_send(call, state);
 }
 
-/* Sends the state, then each change of it, until the client goes or the server stops. */
+/* The keeper sends the state, then each change of it, until the client goes or the server stops. */
 static enum rk_status health_watch(struct rk_rpc_call *call, void *context, struct rk_error *error)
 {
-    struct rk_rpc_server *server = context;
     bool known = false;
+    (void)context;
     enum rk_status status = health_recv(call, &known);
-    int sent = -1;
-    while (status == RK_OK) {
-        pthread_mutex_lock(&server->sync.mutex);
-        int now = sent;
-        while (now == sent && !server->stopping && !rk_rpc_call_cancelled(call)) {
-            now = !known ? UNKNOWN_SERVICE : server->serving ? SERVING : NOT_SERVING;
-            if (now == sent) {
-                (void)rpc_sync_wait(&server->sync, call->deadline_ns);
-            }
-        }
-        bool stopping = server->stopping;
-        pthread_mutex_unlock(&server->sync.mutex);
-        if (now != sent) {
-            status = health_send(call, now);
-            sent = now;
-        } else if (stopping) {
-            return rk_error_set(error, RK_ERR_UNAVAILABLE, "the server stops");
-        } else {
-            status = RK_ERR_CANCELLED;
-        }
+    if (status == RK_OK && !rpc_keeper_watch(call, known)) {
+        status = rk_error_set(error, RK_ERR_FULL, "as many watch this server's health as may");
     }
     return status;
 }
@@ -92,6 +79,13 @@ enum rk_status rpc_health_add(struct rk_rpc_server *server)
         {.path = "/grpc.health.v1.Health/Check", .handler = health_check},
         {.path = "/grpc.health.v1.Health/Watch", .handler = health_watch},
     };
-    return rk_rpc_server_add_service(server, "grpc.health.v1.Health", methods,
-                                     sizeof(methods) / sizeof(methods[0]), server);
+    const size_t num_methods = sizeof(methods) / sizeof(methods[0]);
+    struct rpc_method *added = &server->methods[server->num_methods];
+    enum rk_status status =
+        rk_rpc_server_add_service(server, "grpc.health.v1.Health", methods, num_methods, server);
+    for (size_t i = 0; status == RK_OK && i < num_methods; i++) {
+        added[i].on_loop = true; /* They answer though all handlers are taken. */
+        added[i].is_watch = methods[i].handler == health_watch;
+    }
+    return status;
 }

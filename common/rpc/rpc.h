@@ -44,10 +44,13 @@ struct rk_rpc_method {
 
 struct rk_rpc_server_options {
     const char *address;          /* "127.0.0.1:7100"; port 0 picks a free one */
-    uint32_t calls_max;           /* handlers at once, 0: 64. Health and reflection streams count */
+    uint32_t calls_max;           /* handlers at once, 0: 64, and a quarter more that only calls
+                                   * without streams get; health needs none */
     uint32_t connections_max;     /* 0: 4096; one over that is ended at once */
     uint32_t bind_wait_ms;        /* for a port that is in use; 0: not at all */
     uint32_t default_deadline_ms; /* for calls that bring none, 0: 600,000 */
+    uint32_t recv_idle_ms;        /* a client that sends no message for so long while one is waited
+                                   * for loses its call with RK_ERR_DEADLINE; 0: 30,000 */
     uint32_t send_timeout_ms;     /* a client that takes no message for so long loses its call with
                                    * RK_ERR_DEADLINE; 0: it has until the call's deadline */
 };

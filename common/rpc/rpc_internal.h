@@ -154,7 +154,8 @@ enum rk_status rpc_call_outcome(struct rk_rpc_channel *channel, const char *path
 struct rpc_symbol {
     char *name; /* "redknot.v1.Worker.Score" */
     size_t file;
-    bool reply_is_single; /* a method whose reply is no stream */
+    bool request_is_single; /* a method whose request is no stream */
+    bool reply_is_single;
 };
 
 struct rpc_descriptor_file {

@@ -20,6 +20,8 @@
 #define DEADLINE_DEFAULT_MS 600000
 #define KEEPALIVE_MS        10000
 #define HTTP2_PREFACE       "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+#define RECV_IDLE_MS        30000
+#define SINGLES_SHARE       4     /* a quarter more handlers than streams may take */
 #define DRAIN_MS            200   /* for connections to close, once all calls are out */
 #define STOP_REPORT_MS      10000 /* how often a stop that waits says so */
 
@@ -87,9 +89,11 @@ static void *handler_main(void *context)
 /* Queues the call for a handler thread. False when there is no room for it. */
 static bool server_queue(struct rk_rpc_server *server, struct rk_rpc_call *call)
 {
+    bool single = call->method->request_is_single && call->method->reply_is_single;
+    uint32_t calls_max = single ? server->singles_max : server->calls_max;
     pthread_mutex_lock(&server->sync.mutex);
-    bool room = server->active < server->calls_max;
-    if (room && server->queued >= server->idle && server->num_threads < server->calls_max) {
+    bool room = server->active < calls_max;
+    if (room && server->queued >= server->idle && server->num_threads < calls_max) {
         pthread_t *thread = &server->threads[server->num_threads];
         if (rpc_thread_create(thread, handler_main, server) == 0) {
             server->num_threads++;
@@ -113,6 +117,16 @@ static bool server_queue(struct rk_rpc_server *server, struct rk_rpc_call *call)
     return room;
 }
 
+static void call_end_unknown(struct rk_rpc_call *call)
+{
+    char text[256];
+    char path[200];
+    rpc_slice_to_text(&call->details.method, path, sizeof(path));
+    (void)snprintf(text, sizeof(text), "no method %s on this server", path);
+    rpc_call_end(call, RK_ERR_UNSUPPORTED, text);
+    rpc_call_unref(call);
+}
+
 static void call_arrived(struct rpc_event *event, bool ok)
 {
     struct rk_rpc_call *call = (struct rk_rpc_call *)event;
@@ -134,18 +148,41 @@ static void call_arrived(struct rpc_event *event, bool ok)
         pthread_mutex_unlock(&server->sync.mutex);
         rpc_call_unref(next); /* reclaim arms it */
     }
-    rpc_call_accept(call);
     call->method = server_find(server, &call->details.method);
-    if (!call->method) {
-        char text[256];
-        char path[200];
-        rpc_slice_to_text(&call->details.method, path, sizeof(path));
-        (void)snprintf(text, sizeof(text), "no method %s on this server", path);
-        rpc_call_end(call, RK_ERR_UNSUPPORTED, text);
-    } else if (!server_queue(server, call)) {
-        rpc_call_end(call, RK_ERR_FULL, "the server runs as many calls as it may; try again");
+    bool known = call->method && call->method->known;
+    if (known && rpc_keeper_wait_for_message(call)) {
+        /* Whoever opens a call and says nothing takes no handler. */
+        call->awaits_first = true;
+        rpc_call_accept(call);
+        return;
+    }
+    rpc_call_accept(call);
+    if (known) {
+        rpc_call_end(call, RK_ERR_FULL, "too many calls are open that have sent nothing");
+        rpc_call_unref(call);
+    } else if (call->method) {
+        rpc_server_dispatch(server, call);
     } else {
-        return; /* The reference is now the handler's. */
+        call_end_unknown(call);
+    }
+}
+
+void rpc_server_dispatch(struct rk_rpc_server *server, struct rk_rpc_call *call)
+{
+    if (call->method->on_loop) {
+        struct rk_error error = {.text = ""};
+        enum rk_status status = RK_ERR_INVALID;
+        if (call->received) { /* Else it would wait to learn why none came. */
+            status = call->method->handler(call, call->method->context, &error);
+        }
+        if (status == RK_OK && call->method->is_watch) {
+            return; /* The reference is the keeper's. */
+        }
+        rpc_call_end(call, status, error.text);
+    } else if (server_queue(server, call)) {
+        return; /* The reference is the handler's. */
+    } else {
+        rpc_call_end(call, RK_ERR_FULL, "the server runs as many calls as it may");
     }
     rpc_call_unref(call);
 }
@@ -249,6 +286,8 @@ enum rk_status rk_rpc_server_create(const struct rk_rpc_server_options *options,
     server->default_deadline_ms =
         options->default_deadline_ms > 0 ? options->default_deadline_ms : DEADLINE_DEFAULT_MS;
     server->send_timeout_ms = options->send_timeout_ms;
+    server->recv_idle_ms = options->recv_idle_ms > 0 ? options->recv_idle_ms : RECV_IDLE_MS;
+    server->singles_max = server->calls_max + server->calls_max / SINGLES_SHARE;
     if (server->calls_max > CALLS_MAX_LIMIT) {
         status = rk_error_set(error, RK_ERR_INVALID, "calls_max is %u, at most %u is possible",
                               server->calls_max, (unsigned)CALLS_MAX_LIMIT);
@@ -256,7 +295,7 @@ enum rk_status rk_rpc_server_create(const struct rk_rpc_server_options *options,
     }
     rpc_loop_create(&server->loop);
     server->address = rk_alloc_string(options->address);
-    server->threads = rk_alloc_zero(server->calls_max, sizeof(*server->threads));
+    server->threads = rk_alloc_zero(server->singles_max, sizeof(*server->threads));
     if (!server->address || !server->threads) {
         (void)rk_error_set(error, status, "out of memory for %u handlers", server->calls_max);
         goto fail;
@@ -310,6 +349,8 @@ enum rk_status rk_rpc_server_add_service(struct rk_rpc_server *server, const cha
                                 .handler = methods[i].handler,
                                 .request_bytes_max = methods[i].request_bytes_max,
                                 .context = context,
+                                .known = symbol != NULL,
+                                .request_is_single = symbol && symbol->request_is_single,
                                 .reply_is_single = symbol && symbol->reply_is_single};
     }
     return RK_OK;
@@ -326,8 +367,14 @@ enum rk_status rk_rpc_server_start(struct rk_rpc_server *server)
         first[i] = rpc_call_create(server);
         status = first[i] ? RK_OK : RK_ERR_NO_MEMORY;
     }
+    if (status == RK_OK && rpc_thread_create(&server->keeper, rpc_keeper_main, server) != 0) {
+        status = RK_ERR_NO_MEMORY;
+    }
     if (status == RK_OK) {
         status = rpc_loop_start(&server->loop);
+        if (status != RK_OK) {
+            rpc_keeper_stop(server);
+        }
     }
     if (status != RK_OK) {
         for (size_t i = 0; i < ARMED_CALLS && first[i]; i++) {
@@ -403,10 +450,7 @@ void rk_rpc_server_stop(struct rk_rpc_server *server, int grace_ms)
                         "handlers do not return although their calls are cancelled");
         }
     }
-    pthread_mutex_lock(&server->sync.mutex);
-    server->exiting = true;
-    pthread_cond_broadcast(&server->work);
-    pthread_mutex_unlock(&server->sync.mutex);
+    rpc_keeper_stop(server);
     for (uint32_t i = 0; i < server->num_threads; i++) {
         pthread_join(server->threads[i], NULL);
     }

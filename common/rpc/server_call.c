@@ -14,15 +14,20 @@ static void call_batch_done(struct rpc_event *event, bool ok)
     struct rk_rpc_call *call =
         (struct rk_rpc_call *)((char *)batch->sync - offsetof(struct rk_rpc_call, sync));
     bool gone = batch == &call->closing && call->close_says_cancelled != 0;
+    bool first = batch == &call->receiving && call->awaits_first;
     if (gone) {
         atomic_store(&call->cancelled, true);
     }
     rpc_batch_done(event, ok);
-    if (gone) {
-        /* A held stream (health Watch) waits on the server's condition. */
-        pthread_mutex_lock(&call->server->sync.mutex);
-        pthread_cond_broadcast(&call->server->sync.changed);
-        pthread_mutex_unlock(&call->server->sync.mutex);
+    bool told = batch == &call->sending && atomic_exchange(&call->watched_sending, false);
+    if (gone || told) { /* The keeper looks after its watchers. */
+        rpc_keeper_wake(call->server);
+    }
+    if (first) {
+        call->awaits_first = false;
+        if (rpc_keeper_message_came(call)) {
+            rpc_server_dispatch(call->server, call);
+        }
     }
     rpc_call_unref(call);
 }
@@ -57,6 +62,9 @@ static void call_reset(struct rk_rpc_call *call)
     call->recv_started = false;
     call->refusal.text[0] = '\0';
     call->next = NULL;
+    call->awaits_first = false;
+    call->kept_in = NULL;
+    atomic_init(&call->watched_sending, false);
 }
 
 static void call_clear(struct rk_rpc_call *call)
@@ -180,6 +188,19 @@ static enum rk_status call_end_of_requests(struct rk_rpc_call *call)
     return rk_rpc_call_cancelled(call) ? call_failure(call) : RK_ERR_NOT_FOUND;
 }
 
+/* False: the client, though it lives, has sent nothing for too long; its call ends with that. */
+static bool call_wait_message(struct rk_rpc_call *call)
+{
+    int64_t idle_ns = rk_deadline_in_ms(call->server->recv_idle_ms);
+    if (idle_ns >= call->deadline_ns || rpc_batch_wait_until(&call->receiving, idle_ns)) {
+        return true;
+    }
+    call->stalled = true;
+    (void)rk_error_set(&call->refusal, RK_ERR_DEADLINE, "no message came for %u s",
+                       call->server->recv_idle_ms / 1000);
+    return false;
+}
+
 enum rk_status rk_rpc_call_recv(struct rk_rpc_call *call,
                                 const struct ProtobufCMessageDescriptor *type,
                                 struct ProtobufCMessage **ret_message)
@@ -189,6 +210,9 @@ enum rk_status rk_rpc_call_recv(struct rk_rpc_call *call,
     }
     if (!call->recv_started) {
         recv_start(call);
+    }
+    if (!call_wait_message(call)) {
+        return RK_ERR_DEADLINE;
     }
     bool ok = call_finish(call, &call->receiving);
     grpc_byte_buffer *buffer = call->received;

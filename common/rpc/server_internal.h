@@ -19,7 +19,20 @@ struct rpc_method {
     rk_rpc_handler handler;
     void *context;
     size_t request_bytes_max;
-    bool reply_is_single; /* known to be no stream: the reply leaves together with the status */
+    bool known;             /* what follows, and that a first message comes, is of its descriptor */
+    bool request_is_single; /* no stream */
+    bool reply_is_single;   /* no stream: the reply leaves together with the status */
+    bool on_loop;           /* the handler does not block: it runs on the loop's thread */
+    bool is_watch;          /* RK_OK of the handler: the keeper has the call now */
+};
+
+#define RPC_WATCH_NOTHING (-1) /* was sent to a watcher yet */
+
+/* Calls that no handler has; see keeper.c. */
+struct rpc_call_list {
+    struct rk_rpc_call *first;
+    struct rk_rpc_call *last;
+    uint32_t count;
 };
 
 struct rk_rpc_call {
@@ -46,9 +59,19 @@ struct rk_rpc_call {
     grpc_byte_buffer *held;     /* a single or last reply, waiting for the status */
     grpc_byte_buffer *received; /* by the batch under way, or not taken yet */
     bool recv_started;
+    bool awaits_first; /* of the loop's thread: its first message makes it a handler's */
     struct rpc_scratch scratch;
     struct rk_error refusal; /* of a request that was not taken */
     struct rk_rpc_call *next;
+
+    /* While the keeper has it; under the server's mutex. */
+    struct rpc_call_list *kept_in;
+    struct rk_rpc_call *kept_before;
+    struct rk_rpc_call *kept_after;
+    int64_t kept_ns;
+    int watched_sent;
+    bool watched_known;
+    atomic_bool watched_sending;
 };
 
 struct rk_rpc_server {
@@ -61,12 +84,15 @@ struct rk_rpc_server {
     uint32_t calls_max;
     uint32_t default_deadline_ms;
     uint32_t send_timeout_ms;
+    uint32_t recv_idle_ms;
+    uint32_t singles_max; /* handlers, calls_max among them, for calls without streams */
     struct rpc_descriptors *descriptors;
     struct rpc_method methods[RPC_METHODS_MAX]; /* fixed once started */
     size_t num_methods;
     const char *services[RPC_SERVICES_MAX];
     size_t num_services;
-    pthread_t *threads; /* calls_max of them */
+    pthread_t *threads; /* singles_max of them */
+    pthread_t keeper;
 
     struct rpc_sync sync; /* for all below; changed: also when a client goes or serving changes */
     pthread_cond_t work;
@@ -76,6 +102,8 @@ struct rk_rpc_server {
     uint32_t idle;
     uint32_t num_threads;
     uint32_t active; /* queued or with a handler */
+    struct rpc_call_list waiting;
+    struct rpc_call_list watchers;
     uint32_t armed;
     uint64_t live; /* call objects */
     bool serving;
@@ -101,10 +129,30 @@ void rpc_call_unref(struct rk_rpc_call *call);
 
 /* ---- server.c ---- */
 
+/* The first message is there (or none will come): finds who handles the call. */
+void rpc_server_dispatch(struct rk_rpc_server *server, struct rk_rpc_call *call);
 /* Takes back a call whose last reference went. */
 void rpc_server_reclaim(struct rk_rpc_server *server, struct rk_rpc_call *call);
 
+/* ---- keeper.c: the reference that a call came with is the keeper's while it has it ---- */
+
+void *rpc_keeper_main(void *context);
+/* Lets the keeper and the handlers go; waits for the keeper. */
+void rpc_keeper_stop(struct rk_rpc_server *server);
+/* Whoever waits for the server's condition looks again. */
+void rpc_keeper_wake(struct rk_rpc_server *server);
+/* False: as many wait as may. */
+bool rpc_keeper_wait_for_message(struct rk_rpc_call *call);
+/* True: it waited, and the reference is the caller's again. */
+bool rpc_keeper_message_came(struct rk_rpc_call *call);
+/* Takes the reference on true; false: there are as many watchers as may be. */
+bool rpc_keeper_watch(struct rk_rpc_call *call, bool known);
+
 /* ---- health.c, reflection.c ---- */
+
+/* What a watcher is told; under the server's mutex. */
+int rpc_health_state(const struct rk_rpc_server *server, bool known);
+RK_MUST_CHECK enum rk_status rpc_health_send(struct rk_rpc_call *call, int state);
 
 RK_MUST_CHECK enum rk_status rpc_health_add(struct rk_rpc_server *server);
 RK_MUST_CHECK enum rk_status rpc_reflection_add(struct rk_rpc_server *server);
