@@ -48,7 +48,7 @@ struct kernels_matrix; /* weights in the layout that the products want */
 struct kernels_options {
     enum kernels_mode mode;
     enum kernels_isa isa;
-    uint32_t threads; /* 0: all cores of this process */
+    uint32_t threads; /* 0: as many as this process may use (rk_limits) */
 };
 
 RK_MUST_CHECK enum rk_status kernels_create(const struct kernels_options *options,
@@ -64,6 +64,9 @@ const char *kernels_numeric_path(const struct kernels *kernels);
 enum kernels_mode kernels_mode_default(void);
 /* Can this CPU run that path? */
 bool kernels_isa_supported(enum kernels_isa isa);
+/* RK_ERR_UNSUPPORTED says by name what is missing, and what this CPU and the mode have. */
+RK_MUST_CHECK enum rk_status kernels_isa_check(enum kernels_isa isa, enum kernels_mode mode,
+                                               struct rk_error *error);
 
 /* y[rows][n] = x[rows][k] * w[n][k]^T. Weights are converted at creation; the
  * source may be freed after it. Allocates. */

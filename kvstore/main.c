@@ -4,6 +4,7 @@
 #include "common/base/address.h"
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
+#include "common/base/limits.h"
 #include "common/base/log.h"
 #include "common/base/ports.h"
 #include "common/base/service.h"
@@ -188,50 +189,17 @@ static error_t parse_option(int key, char *value, struct argp_state *state)
 
 /* ---- Checks before anything is started ---- */
 
-static bool number_from_file(const char *path, const char *label, uint64_t *ret_number)
-{
-    char line[256];
-    bool found = false;
-    FILE *file = fopen(path, "re");
-    if (!file) {
-        return false;
-    }
-    while (!found && fgets(line, sizeof(line), file)) {
-        if (strncmp(line, label, strlen(label)) == 0) {
-            const char *start = line + strlen(label);
-            char *end = NULL;
-            unsigned long long number = strtoull(start, &end, 10);
-            if (end != start) {
-                *ret_number = number;
-                found = true;
-            }
-        }
-    }
-    fclose(file);
-    return found;
-}
-
 /* The arena is reserved for good, so asking for what is not there would end in the OOM killer. */
 static enum rk_status memory_check(uint64_t bytes, struct rk_error *error)
 {
-    uint64_t available_kib = 0;
-    uint64_t limit = 0;
-    uint64_t current = 0;
-    uint64_t available = UINT64_MAX;
-    if (number_from_file("/proc/meminfo", "MemAvailable:", &available_kib)) {
-        available = available_kib * 1024;
-    }
-    /* In a container its own limit; "max" is no number and thus no limit. */
-    if (number_from_file("/sys/fs/cgroup/memory.max", "", &limit) &&
-        number_from_file("/sys/fs/cgroup/memory.current", "", &current)) {
-        uint64_t left = limit > current ? limit - current : 0;
-        available = left < available ? left : available;
-    }
-    if (bytes > available) {
-        return rk_error_set(error, RK_ERR_NO_MEMORY,
-                            "--dram asks for %llu MiB and %llu MiB are available: ask for less",
-                            (unsigned long long)(bytes >> 20),
-                            (unsigned long long)(available >> 20));
+    struct rk_limits limits;
+    rk_limits_read(&limits);
+    if (bytes > limits.memory_bytes) {
+        return rk_error_set(
+            error, RK_ERR_NO_MEMORY,
+            "--dram asks for %llu MiB and %llu MiB are available (%s): ask for less",
+            (unsigned long long)(bytes >> 20), (unsigned long long)(limits.memory_bytes >> 20),
+            limits.memory_by);
     }
     return RK_OK;
 }

@@ -3,6 +3,7 @@
 #include "common/base/address.h"
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
+#include "common/base/limits.h"
 #include "common/base/log.h"
 #include "common/base/ports.h"
 #include "common/base/service.h"
@@ -32,10 +33,10 @@ struct arguments {
     const char *metrics;
     const char *node_id;
     const char *head_map;
-    const char *log_level;
-    const char *mode;
-    const char *isa;
-    const char *path;
+    int log_level; /* enum rk_log_level */
+    int mode;      /* enum kernels_mode; -1: the CPU's best */
+    int isa;       /* enum kernels_isa */
+    int path;      /* enum rk_path */
     uint32_t threads;
     uint32_t context_tokens;
     uint32_t pool_tokens;
@@ -74,12 +75,13 @@ static const struct argp_option argp_options[] = {
      0},
     {"node-id", KEY_NODE_ID, "ID", 0, "Name in the cluster (worker-<host>-<random>)", 0},
     {"cluster", KEY_CLUSTER, "ID", 0, "Register only with the coordinator of this cluster", 0},
-    {"threads", 't', "N", 0, "Threads of the engine (all cores)", 0},
+    {"threads", 't', "N", 0, "Threads of the engine (as many as this process may use)", 0},
     {"mode", KEY_MODE, "bf16|f32", 0, "Precision (bf16 where the CPU is fast at it)", 0},
     {"isa", KEY_ISA, "NAME", 0,
      "Attention path: auto, reference, avx2, avx512, avx512_bf16, amx (auto)", 0},
-    {"context", KEY_CONTEXT, "TOKENS", 0, "Longest context (the model's)", 0},
-    {"pool-tokens", KEY_POOL, "TOKENS", 0, "Size of the KV page pool (twice the context)", 0},
+    {"context", KEY_CONTEXT, "TOKENS", 0, "Longest context (the model's, at most 131072)", 0},
+    {"pool-tokens", KEY_POOL, "TOKENS", 0,
+     "Size of the KV page pool (twice the context, in half of the memory that is free)", 0},
     {"requests-max", KEY_REQUESTS, "N", 0, "Requests computed side by side (8)", 0},
     {"queue-max", KEY_QUEUE, "N", 0, "Requests that may wait (64)", 0},
     {"head-map", KEY_HEAD_MAP, "FILE", 0,
@@ -104,6 +106,50 @@ static uint32_t parse_number(struct argp_state *state, const char *name, const c
         argp_error(state, "%s %s: a number from %u to %u is needed", name, text, min, max);
     }
     return (uint32_t)value;
+}
+
+struct word {
+    const char *word;
+    int value;
+};
+
+static const struct word isa_words[] = {
+    {"auto", KERNELS_ISA_AUTO},
+    {"reference", KERNELS_ISA_REFERENCE},
+    {"avx2", KERNELS_ISA_AVX2},
+    {"avx512", KERNELS_ISA_AVX512},
+    {"avx512_bf16", KERNELS_ISA_AVX512_BF16},
+    {"amx", KERNELS_ISA_AMX},
+    {NULL, 0},
+};
+static const struct word mode_words[] = {{"f32", KERNELS_F32}, {"bf16", KERNELS_BF16}, {NULL, 0}};
+static const struct word path_words[] = {{"auto", RK_PATH_NONE},
+                                         {"shm", RK_PATH_SHM},
+                                         {"ucx", RK_PATH_UCX},
+                                         {"grpc", RK_PATH_GRPC},
+                                         {NULL, 0}};
+static const struct word level_words[] = {{"debug", RK_LOG_LEVEL_DEBUG},
+                                          {"info", RK_LOG_LEVEL_INFO},
+                                          {"warn", RK_LOG_LEVEL_WARN},
+                                          {"error", RK_LOG_LEVEL_ERROR},
+                                          {NULL, 0}};
+
+/* One word out of a list; its value. */
+static int parse_word(struct argp_state *state, const char *name, const char *text,
+                      const struct word *words)
+{
+    char list[128];
+    size_t used = 0;
+    for (size_t i = 0; words[i].word; i++) {
+        if (strcmp(text, words[i].word) == 0) {
+            return words[i].value;
+        }
+        int length =
+            snprintf(list + used, sizeof(list) - used, "%s%s", i ? ", " : "", words[i].word);
+        used += length > 0 && (size_t)length < sizeof(list) - used ? (size_t)length : 0;
+    }
+    argp_error(state, "%s %s: use one of %s", name, text, list);
+    return 0;
 }
 
 static const char *parse_address(struct argp_state *state, const char *name, const char *text,
@@ -148,6 +194,23 @@ static void parse_cluster(struct argp_state *state, const char *text)
     }
 }
 
+/* What only all options together can tell. */
+static void check_together(struct argp_state *state, struct arguments *arguments)
+{
+    struct rk_error error;
+    check_advertised(state, arguments);
+    if (!arguments->model) {
+        argp_error(state, "no model: give --model FILE.gguf");
+    }
+    if (arguments->mode < 0) {
+        arguments->mode = (int)kernels_mode_default();
+    }
+    if (kernels_isa_check((enum kernels_isa)arguments->isa, (enum kernels_mode)arguments->mode,
+                          &error) != RK_OK) {
+        argp_error(state, "--isa: %s", error.text);
+    }
+}
+
 static error_t parse_option(int key, char *text, struct argp_state *state)
 {
     struct arguments *arguments = state->input;
@@ -181,16 +244,16 @@ static error_t parse_option(int key, char *text, struct argp_state *state)
         arguments->head_map = text;
         break;
     case KEY_LOG_LEVEL:
-        arguments->log_level = text;
+        arguments->log_level = parse_word(state, "--log-level", text, level_words);
         break;
     case KEY_MODE:
-        arguments->mode = text;
+        arguments->mode = parse_word(state, "--mode", text, mode_words);
         break;
     case KEY_ISA:
-        arguments->isa = text;
+        arguments->isa = parse_word(state, "--isa", text, isa_words);
         break;
     case KEY_PATH:
-        arguments->path = text;
+        arguments->path = parse_word(state, "--path", text, path_words);
         break;
     case KEY_CONTEXT:
         arguments->context_tokens = parse_number(state, "--context", text, 64, 1 << 22);
@@ -214,25 +277,12 @@ static error_t parse_option(int key, char *text, struct argp_state *state)
         argp_error(state, "unexpected argument \"%s\"", text);
         break;
     case ARGP_KEY_END:
-        check_advertised(state, arguments);
+        check_together(state, arguments);
         break;
     default:
         return ARGP_ERR_UNKNOWN;
     }
     return 0;
-}
-
-/* One word out of a list; its index. */
-static int parse_word(const char *option, const char *word, const char *const *words,
-                      struct rk_error *error)
-{
-    for (int i = 0; words[i]; i++) {
-        if (strcmp(word, words[i]) == 0) {
-            return i;
-        }
-    }
-    rk_error_set(error, RK_ERR_INVALID, "%s %s: unknown; see --help", option, word);
-    return -1;
 }
 
 /* Everything that runs, in the order of its start. */
@@ -256,23 +306,19 @@ struct worker {
     enum kernels_mode mode;
 };
 
+static const char *mode_name(const struct worker *worker)
+{
+    return worker->mode == KERNELS_BF16 ? "bf16" : "f32";
+}
+
 static enum rk_status load_model(struct worker *worker, const struct arguments *arguments,
                                  struct rk_error *error)
 {
-    static const char *const isas[] = {"auto",        "reference", "avx2", "avx512",
-                                       "avx512_bf16", "amx",       NULL};
-    static const char *const modes[] = {"f32", "bf16", NULL};
     struct engine_options options = {.threads = arguments->threads,
                                      .context_tokens = arguments->context_tokens,
-                                     .pool_tokens = arguments->pool_tokens};
-    int isa = parse_word("--isa", arguments->isa, isas, error);
-    int mode = arguments->mode ? parse_word("--mode", arguments->mode, modes, error)
-                               : (int)kernels_mode_default();
-    if (isa < 0 || mode < 0) {
-        return RK_ERR_INVALID;
-    }
-    options.isa = (enum kernels_isa)isa;
-    options.mode = (enum kernels_mode)mode;
+                                     .pool_tokens = arguments->pool_tokens,
+                                     .isa = (enum kernels_isa)arguments->isa,
+                                     .mode = (enum kernels_mode)arguments->mode};
     worker->mode = options.mode;
 
     struct model *model = NULL;
@@ -287,16 +333,16 @@ static enum rk_status load_model(struct worker *worker, const struct arguments *
     if (status == RK_OK) {
         status = tokenizer_check(worker->tokenizer, error);
     }
+    if (status == RK_OK && arguments->head_map) {
+        const struct model_config *config = model_config(model);
+        status = recovery_head_map_load(arguments->head_map, config->num_layers,
+                                        config->num_kv_heads, &worker->head_map, error);
+    }
     if (status == RK_OK) {
         status = engine_create(model, &options, &worker->engine, error);
     }
     if (status == RK_OK) {
         status = engine_numeric_path(worker->engine, &worker->numeric_path, error);
-    }
-    if (status == RK_OK && arguments->head_map) {
-        const struct model_config *config = model_config(model);
-        status = recovery_head_map_load(arguments->head_map, config->num_layers,
-                                        config->num_kv_heads, &worker->head_map, error);
     }
     model_close(model);
     if (status == RK_OK) {
@@ -305,8 +351,9 @@ static enum rk_status load_model(struct worker *worker, const struct arguments *
         RK_LOG_INFO(
             "model_loaded",
             "model=%q file=%q mode=%s attention=%s numeric_path=%.16s arithmetic=%q seconds=%.3f",
-            worker->model_name, arguments->model, modes[mode], engine_isa_name(worker->engine), id,
-            engine_numeric_path_name(worker->engine), (double)(rk_clock_ns() - begin) * 1e-9);
+            worker->model_name, arguments->model, mode_name(worker),
+            engine_isa_name(worker->engine), id, engine_numeric_path_name(worker->engine),
+            (double)(rk_clock_ns() - begin) * 1e-9);
     }
     return status;
 }
@@ -314,17 +361,12 @@ static enum rk_status load_model(struct worker *worker, const struct arguments *
 static enum rk_status connect_cluster(struct worker *worker, const struct arguments *arguments,
                                       struct rk_error *error)
 {
-    static const char *const paths[] = {"auto", "shm", "grpc", "ucx", NULL};
-    int path = parse_word("--path", arguments->path, paths, error);
-    if (path < 0) {
-        return RK_ERR_INVALID;
-    }
     if (!arguments->coordinator) {
         RK_LOG_WARN("no_coordinator", "effect=%q", "nothing is cached; give --coordinator");
         return RK_OK;
     }
     struct rk_kv_client_options options = {.coordinator = arguments->coordinator,
-                                           .path = (enum rk_path)path};
+                                           .path = (enum rk_path)arguments->path};
     return rk_kv_client_create(&options, &worker->kv, error);
 }
 
@@ -347,7 +389,7 @@ static enum rk_status start_serving(struct worker *worker, const struct argument
         .fingerprint = worker->fingerprint,
         .numeric_path = worker->numeric_path,
         .engine = worker->engine,
-        .mode = worker->mode == KERNELS_BF16 ? "bf16" : "f32",
+        .mode = mode_name(worker),
         .threads = arguments->threads,
         .tokenizer = worker->tokenizer,
         .head_map = worker->head_map,
@@ -477,27 +519,20 @@ int main(int argc, char **argv)
         NULL};
     struct arguments arguments = {.listen = RK_LISTEN_WORKER,
                                   .metrics = RK_METRICS_WORKER,
-                                  .log_level = "info",
-                                  .isa = "auto",
-                                  .path = "auto"};
+                                  .log_level = RK_LOG_LEVEL_INFO,
+                                  .mode = -1,
+                                  .isa = KERNELS_ISA_AUTO,
+                                  .path = RK_PATH_NONE};
     struct worker worker = {0};
     struct rk_error error = {.text = ""};
-    enum rk_log_level level = RK_LOG_LEVEL_INFO;
     limit_spinning(argv);
     rk_service_init();
     argp_parse(&argp, argc, argv, 0, NULL, &arguments);
-    if (!arguments.model) {
-        (void)fprintf(stderr, "redknot-worker: no model: give --model FILE.gguf\n");
-        return 2;
-    }
-    if (!rk_log_level_parse(arguments.log_level, &level)) {
-        (void)fprintf(stderr, "redknot-worker: --log-level %s: use debug, info, warn or error\n",
-                      arguments.log_level);
-        return 2;
-    }
-    rk_log_init("worker", level);
+    rk_log_init("worker", (enum rk_log_level)arguments.log_level);
     if (arguments.threads == 0) {
-        arguments.threads = (uint32_t)sysconf(_SC_NPROCESSORS_ONLN);
+        struct rk_limits limits;
+        rk_limits_read(&limits);
+        arguments.threads = limits.cpus;
     }
     enum rk_status status = rk_service_check_limits(MEMORY_BYTES, &error);
     if (status == RK_OK) {

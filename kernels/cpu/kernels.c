@@ -4,13 +4,13 @@
 #include "kernels/kernels.h"
 
 #include "common/base/alloc.h"
+#include "common/base/limits.h"
 #include "common/base/log.h"
 #include "common/base/tsan.h"
 #include "kernels/cpu/cpu_internal.h"
 
 #include <cpuid.h>
 #include <omp.h>
-#include <sched.h>
 #include <stdio.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -48,16 +48,6 @@ __attribute__((no_sanitize("thread"))) void kernels_parallel(struct kernels *ker
         }
     }
     RK_TSAN_ACQUIRE(&call);
-}
-
-static uint32_t cores_of_process(void)
-{
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof(set), &set) != 0) {
-        return 1;
-    }
-    int count = CPU_COUNT(&set);
-    return count > 0 ? (uint32_t)count : 1;
 }
 
 /* __builtin_cpu_supports checks XCR0 for AVX and AVX-512 state itself. */
@@ -126,6 +116,48 @@ bool kernels_isa_supported(enum kernels_isa isa)
            (!isas[isa].supported || isas[isa].supported());
 }
 
+/* "reference, avx2": what this CPU and the mode have. */
+static void list_isas(enum kernels_mode mode, char *ret_list, size_t bytes)
+{
+    size_t used = 0;
+    ret_list[0] = '\0';
+    for (size_t i = 0; i < NUM_ISAS; i++) {
+        bool has = kernels_isa_supported((enum kernels_isa)i) && isas[i].name &&
+                   (mode == KERNELS_BF16 || !isas[i].bf16_only);
+        if (has && used < bytes) {
+            int length =
+                snprintf(ret_list + used, bytes - used, "%s%s", used ? ", " : "", isas[i].name);
+            used += length > 0 ? (size_t)length : 0;
+        }
+    }
+}
+
+enum rk_status kernels_isa_check(enum kernels_isa isa, enum kernels_mode mode,
+                                 struct rk_error *error)
+{
+    char list[96];
+    if (isa == KERNELS_ISA_AUTO) {
+        return RK_OK;
+    }
+    if ((size_t)isa >= NUM_ISAS || !isas[isa].name) {
+        return rk_error_set(error, RK_ERR_UNSUPPORTED, "there is no attention path %d; use auto",
+                            (int)isa);
+    }
+    list_isas(mode, list, sizeof(list));
+    if (!kernels_isa_supported(isa)) {
+        return rk_error_set(error, RK_ERR_UNSUPPORTED,
+                            "this CPU has no %s; it has %s: use one of these, or auto",
+                            isas[isa].name, list);
+    }
+    if (isas[isa].bf16_only && mode != KERNELS_BF16) {
+        return rk_error_set(error, RK_ERR_UNSUPPORTED,
+                            "attention path %s is for mode bf16; mode f32 has %s: use one of "
+                            "these, or auto",
+                            isas[isa].name, list);
+    }
+    return RK_OK;
+}
+
 enum kernels_mode kernels_mode_default(void)
 {
     return has_avx512_bf16() ? KERNELS_BF16 : KERNELS_F32;
@@ -165,6 +197,13 @@ static enum rk_status choose_checked_path(struct kernels *kernels, bool automati
     return RK_OK;
 }
 
+static uint32_t cores_of_process(void)
+{
+    struct rk_limits limits;
+    rk_limits_read(&limits);
+    return limits.cpus;
+}
+
 static void describe(struct kernels *kernels)
 {
     char library[80];
@@ -181,9 +220,8 @@ enum rk_status kernels_create(const struct kernels_options *options, struct kern
     enum kernels_isa isa = options->isa == KERNELS_ISA_AUTO
                                ? best_isa(options->mode, (enum kernels_isa)(NUM_ISAS - 1))
                                : options->isa;
-    if (!kernels_isa_supported(isa) || (isas[isa].bf16_only && options->mode != KERNELS_BF16)) {
-        return rk_error_set(error, RK_ERR_UNSUPPORTED,
-                            "attention path %d is not for this CPU or mode; use auto", (int)isa);
+    if (kernels_isa_check(isa, options->mode, error) != RK_OK) {
+        return RK_ERR_UNSUPPORTED;
     }
     enum rk_status status = RK_ERR_NO_MEMORY;
     struct kernels *kernels = rk_alloc_zero(1, sizeof(*kernels));

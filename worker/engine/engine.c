@@ -1,6 +1,8 @@
 #include "worker/engine/engine_internal.h"
 
 #include "common/base/alloc.h"
+#include "common/base/limits.h"
+#include "common/base/log.h"
 
 #include <math.h>
 
@@ -238,10 +240,29 @@ static enum rk_status check_config(const struct model_config *config,
     return RK_OK;
 }
 
+/* Twice the context, but no more than half of the memory that this process may still take. */
+static uint64_t default_pool_tokens(const struct engine *engine)
+{
+    uint64_t tokens = 2 * (uint64_t)engine->context_tokens;
+    uint64_t page = engine_num_heads(engine) * rk_kv_page_bytes(&engine->layout); /* 64 tokens */
+    struct rk_limits limits;
+    rk_limits_read(&limits);
+    uint64_t fit = limits.memory_bytes / 2 / page * RK_PAGE_TOKENS;
+    if (fit >= tokens) {
+        return tokens;
+    }
+    fit = fit > RK_PAGE_TOKENS ? fit : RK_PAGE_TOKENS;
+    RK_LOG_WARN("pool_limited", "tokens=%llu wanted=%llu memory_mib=%llu by=%q effect=%q",
+                (unsigned long long)fit, (unsigned long long)tokens,
+                (unsigned long long)(limits.memory_bytes >> 20), limits.memory_by,
+                "fewer requests at once; set --pool-tokens or --context");
+    return fit;
+}
+
 static enum rk_status create_pool(struct engine *engine, uint64_t pool_tokens,
                                   struct rk_error *error)
 {
-    uint64_t tokens = pool_tokens ? pool_tokens : 2 * (uint64_t)engine->context_tokens;
+    uint64_t tokens = pool_tokens ? pool_tokens : default_pool_tokens(engine);
     uint64_t token_pages = tokens / RK_PAGE_TOKENS + (tokens % RK_PAGE_TOKENS != 0);
     uint64_t pages = 0;
     enum rk_status status = RK_ERR_INVALID;

@@ -36,10 +36,11 @@ struct recovery_head_map; /* worker/recovery/head_map.h */
 struct engine_options {
     enum kernels_mode mode; /* also the dtype of the pages: F32 or BF16 */
     enum kernels_isa isa;
-    uint32_t threads;        /* 0: all cores */
+    uint32_t threads;        /* 0: as many as this process may use */
     uint32_t context_tokens; /* 0: the model's, at most ENGINE_CONTEXT_DEFAULT_MAX; longest
                                 position of a sequence */
-    uint64_t pool_tokens;    /* 0: twice the context; page pool, reserved at creation */
+    uint64_t pool_tokens; /* 0: twice the context, if half of the memory that the process may take
+                             is enough for that; page pool, reserved at creation */
 };
 
 /* Converts the weights; the model may be closed after it. */
