@@ -50,6 +50,8 @@ void attention_avx512_bf16(struct kernels *kernels, const struct kernels_attenti
 void attention_amx(struct kernels *kernels, const struct kernels_attention *attention);
 /* A small case against the reference; kernels' own path and scratch. */
 bool attention_self_check(struct kernels *kernels);
+/* A small product against its definition, by kernels->matmul_ops. */
+bool products_self_check(struct kernels *kernels);
 
 struct kernels {
     enum kernels_mode mode;

@@ -197,6 +197,26 @@ static enum rk_status choose_checked_path(struct kernels *kernels, bool automati
     return RK_OK;
 }
 
+/* Our own products, where the path has some and they are right on this CPU; else oneDNN's. */
+static enum rk_status choose_products(struct kernels *kernels, bool automatic,
+                                      struct rk_error *error)
+{
+    if (kernels->mode == KERNELS_BF16) {
+        kernels->matmul_ops = isas[kernels->isa].matmul;
+    }
+    if (!kernels->matmul_ops || products_self_check(kernels)) {
+        return RK_OK;
+    }
+    if (!automatic) {
+        return rk_error_set(error, RK_ERR_UNSUPPORTED,
+                            "products of path %s give wrong numbers on this CPU; use auto",
+                            kernels_isa_name(kernels));
+    }
+    RK_LOG_WARN("products_wrong", "path=%s action=%q", kernels->matmul_ops->name, "use oneDNN");
+    kernels->matmul_ops = NULL;
+    return RK_OK;
+}
+
 static uint32_t cores_of_process(void)
 {
     struct rk_limits limits;
@@ -244,8 +264,9 @@ enum rk_status kernels_create(const struct kernels_options *options, struct kern
     if (status != RK_OK) {
         goto fail;
     }
-    if (kernels->mode == KERNELS_BF16) {
-        kernels->matmul_ops = isas[kernels->isa].matmul;
+    status = choose_products(kernels, options->isa == KERNELS_ISA_AUTO, error);
+    if (status != RK_OK) {
+        goto fail;
     }
     if (!kernels->matmul_ops) {
         status = matmul_create(kernels, &kernels->matmul, error);

@@ -3,6 +3,7 @@
  *         leaks nor half-succeeds when memory is out.
  * Method: all combinations of mode and path; each allocation failed in turn.
  */
+#include "common/base/alloc.h"
 #include "common/base/limits.h"
 #include "kernels/cpu/cpu_internal.h"
 #include "tests/kernels/kernels_support.h"
@@ -59,6 +60,51 @@ static void empty_matrices_are_refused(void **state)
     assert_int_equal(kernels_matrix_create(kernels, &w, 1, 0, &matrix, NULL), RK_ERR_INVALID);
     assert_null(matrix);
     kernels_destroy(kernels);
+}
+
+static enum rk_status wrong_init(struct kernels_matrix *matrix, const float *w)
+{
+    (void)w;
+    matrix->data = rk_alloc(1);
+    return matrix->data ? RK_OK : RK_ERR_NO_MEMORY;
+}
+
+static float wrong_value;
+
+static void wrong_run(struct kernels *kernels, const struct kernels_matrix *matrix, const float *x,
+                      uint32_t rows, float *y)
+{
+    (void)kernels;
+    for (uint32_t i = 0; i < rows * matrix->n; i++) {
+        y[i] = 0;
+        for (uint32_t k = 0; k < matrix->k; k++) {
+            y[i] += x[i / matrix->n * matrix->k + k];
+        }
+        y[i] *= wrong_value;
+    }
+}
+
+/* Products that a CPU gets wrong are seen at creation, as attention is. */
+static void wrong_products_are_seen(void **state)
+{
+    static const struct matmul_ops wrong = {"wrong", wrong_init, wrong_run, NULL};
+    (void)state;
+    for (int isa = KERNELS_ISA_AVX512; isa <= KERNELS_ISA_AVX512_BF16; isa++) {
+        if (!kernels_isa_supported((enum kernels_isa)isa)) {
+            continue;
+        }
+        struct kernels *kernels = support_kernels(KERNELS_BF16, (enum kernels_isa)isa, 1);
+        const struct matmul_ops *right = kernels->matmul_ops;
+        assert_non_null(right);
+        assert_true(products_self_check(kernels));
+        kernels->matmul_ops = &wrong;
+        wrong_value = 1;
+        assert_false(products_self_check(kernels));
+        wrong_value = NAN;
+        assert_false(products_self_check(kernels));
+        kernels->matmul_ops = right;
+        kernels_destroy(kernels);
+    }
 }
 
 static enum rk_status create_all(enum kernels_mode mode, const float *w)
@@ -118,6 +164,7 @@ static void a_wrong_path_is_noticed(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(wrong_products_are_seen),
         cmocka_unit_test(creation_follows_cpu_and_mode),
         cmocka_unit_test(no_threads_means_all_cores),
         cmocka_unit_test(empty_matrices_are_refused),
