@@ -1,6 +1,6 @@
 """A cluster for benchmarks: `redknot up` in a temporary folder, and its workers over gRPC.
 Needs /usr/bin/python3 with grpcio and protobuf, and protoc (make setup installs them)."""
-import contextlib, importlib, json, os, pathlib, subprocess, sys, tempfile, time
+import atexit, contextlib, importlib, json, os, pathlib, shutil, subprocess, sys, tempfile, time
 
 import grpc
 
@@ -11,6 +11,7 @@ REDKNOT = ROOT / "build/bin/redknot"
 def messages():
     """The modules of proto/redknot/v1, made on the fly."""
     out = tempfile.mkdtemp(prefix="redknot-proto.")
+    atexit.register(shutil.rmtree, out, ignore_errors=True)
     protos = sorted(str(p.relative_to(ROOT / "proto")) for p in (ROOT / "proto").rglob("*.proto"))
     subprocess.run(["protoc", "--proto_path=.", f"--python_out={out}", *protos], check=True, cwd=ROOT / "proto")
     sys.path.insert(0, out)
@@ -71,4 +72,4 @@ def corpus():
 def machine():
     model = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), "?")
     flags = next((l for l in open("/proc/cpuinfo") if l.startswith("flags")), "")
-    return {"cpu": model, "cores": os.cpu_count(), "amx": " amx_bf16" in flags, "avx512_bf16": " avx512_bf16" in flags}
+    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "amx": " amx_bf16" in flags, "avx512_bf16": " avx512_bf16" in flags}

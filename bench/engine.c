@@ -84,17 +84,50 @@ static double measure_decode(struct engine *engine, float *logits)
     return DECODE_STEPS / seconds;
 }
 
+_Noreturn static void usage(const char *what)
+{
+    (void)fprintf(stderr, "%s\nusage: bench_engine MODEL.gguf THREADS bf16|f32 [ISA]\n", what);
+    exit(2);
+}
+
 static enum kernels_isa find_isa(const char *name)
 {
-    static const char *const names[] = {"auto",   "reference",   "avx2",
-                                        "avx512", "avx512_bf16", "amx"};
-    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
-        if (strcmp(names[i], name) == 0) {
-            return (enum kernels_isa)i;
+    static const struct {
+        const char *name;
+        enum kernels_isa isa;
+    } isas[] = {
+        {"auto", KERNELS_ISA_AUTO},
+        {"reference", KERNELS_ISA_REFERENCE},
+        {"avx2", KERNELS_ISA_AVX2},
+        {"avx512", KERNELS_ISA_AVX512},
+        {"avx512_bf16", KERNELS_ISA_AVX512_BF16},
+        {"amx", KERNELS_ISA_AMX},
+    };
+    for (size_t i = 0; i < sizeof(isas) / sizeof(isas[0]); i++) {
+        if (strcmp(isas[i].name, name) == 0) {
+            return isas[i].isa;
         }
     }
-    (void)fprintf(stderr, "unknown attention path: %s\n", name);
-    exit(2);
+    usage("unknown attention path");
+}
+
+/* A figure must not be of another mode than its line says. */
+static enum kernels_mode find_mode(const char *name)
+{
+    if (strcmp(name, "f32") != 0 && strcmp(name, "bf16") != 0) {
+        usage("unknown mode");
+    }
+    return strcmp(name, "f32") == 0 ? KERNELS_F32 : KERNELS_BF16;
+}
+
+static uint32_t find_threads(const char *text)
+{
+    char *end = NULL;
+    unsigned long threads = strtoul(text, &end, 10);
+    if (text[0] < '0' || text[0] > '9' || *end != '\0' || threads < 1 || threads > 1024) {
+        usage("THREADS is a number from 1 to 1024");
+    }
+    return (uint32_t)threads;
 }
 
 int main(int argc, char **argv)
@@ -105,13 +138,12 @@ int main(int argc, char **argv)
     char line[64];
 
     if (argc < 4) {
-        (void)fprintf(stderr, "usage: bench_engine MODEL.gguf THREADS bf16|f32 [ISA]\n");
-        return 2;
+        usage("too few arguments");
     }
     const struct engine_options options = {
-        .mode = strcmp(argv[3], "f32") == 0 ? KERNELS_F32 : KERNELS_BF16,
+        .mode = find_mode(argv[3]),
         .isa = find_isa(argc > 4 ? argv[4] : "auto"),
-        .threads = (uint32_t)strtoul(argv[2], NULL, 10),
+        .threads = find_threads(argv[2]),
         .context_tokens = PREFILL_TOKENS,
     };
     if (model_open(argv[1], &model, &error) != RK_OK ||

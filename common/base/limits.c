@@ -103,7 +103,8 @@ static void cpus_of_group(const char *folder, bool v2, struct rk_limits *limits)
     }
 }
 
-/* From the group `path` below `mount` up to the mount itself, which is all that a container sees. */
+/* From the group `path` below `mount` up to the mount itself, which is all that a container sees.
+ */
 static void walk_up(const char *mount, const char *path,
                     void (*look)(const char *folder, bool v2, struct rk_limits *limits), bool v2,
                     struct rk_limits *limits)

@@ -1,9 +1,9 @@
 /*
- * limits: what this process may use, which is often less than what the machine has: its CPU affinity
- * and the quota of its control groups, their memory limits, ulimit -v.
+ * limits: what this process may use, which is often less than what the machine has: its CPU
+ * affinity and the quota of its control groups, their memory limits, ulimit -v.
  *
- * A limit that cannot be read counts as none. Control groups are looked at from the process's own up
- * to the root, version 2 and version 1, as they are at the call.
+ * A limit that cannot be read counts as none. Control groups are looked at from the process's own
+ * up to the root, version 2 and version 1, as they are at the call.
  *
  * Threads: any; reads files, so not for a hot path.
  */

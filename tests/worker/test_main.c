@@ -1,7 +1,7 @@
 /*
- * Goal:   redknot-worker looks at its options before it reads a model: wrong ones end it at once with
- *         2 and one line that says what would be right.
- * Method: the program itself, with a model that does not exist: exit code 1 means that it got so far.
+ * Goal:   redknot-worker looks at its options before it reads a model: wrong ones end it at once
+ * with 2 and one line that says what would be right. Method: the program itself, with a model that
+ * does not exist: exit code 1 means that it got so far.
  */
 #include "kernels/kernels.h"
 

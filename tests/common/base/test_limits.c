@@ -1,7 +1,7 @@
 /*
  * Goal:   a process takes what it may use, not what the machine has.
- * Method: control groups as files in a folder, version 2 and version 1, nested, with limits above and
- *         below; affinity and ulimit -v in a child process, for real.
+ * Method: control groups as files in a folder, version 2 and version 1, nested, with limits above
+ * and below; affinity and ulimit -v in a child process, for real.
  */
 #include "common/base/limits.h"
 
