@@ -15,7 +15,8 @@
 #include <string.h>
 
 #define ANNOUNCE_DROPS_MS  2000
-#define ANNOUNCE_SLICE     4096u /* shards that take effect in one hold of the index lock */
+#define ANNOUNCE_SLICE     4096u   /* shards that take effect in one hold of the index lock */
+#define ANNOUNCE_DROPS_MAX 262144u /* of one reply, which has to fit into a message */
 #define ANNOUNCE_LABEL_MAX ((size_t)256 << 20) /* bytes of all labels */
 
 struct announcement {
@@ -408,25 +409,44 @@ static void move_generation(struct announcement *announcement)
     }
 }
 
+/* The rest of what it should drop is told when it announces next. */
+static void ask_again(const struct announcement *announcement)
+{
+    struct coordinator *coordinator = announcement->coordinator;
+    struct index_node *node;
+
+    (void)pthread_mutex_lock(&coordinator->index_lock);
+    node = index_node_find(coordinator->index, announcement->node_id);
+    if (node != NULL && node->info->incarnation == announcement->incarnation) {
+        node->registered = false;
+    }
+    (void)pthread_mutex_unlock(&coordinator->index_lock);
+}
+
 static enum rk_status reply_announce(struct rk_rpc_call *call,
                                      const struct announcement *announcement,
                                      struct rk_error *error)
 {
     Redknot__V1__AnnounceReply reply = REDKNOT__V1__ANNOUNCE_REPLY__INIT;
     size_t num_unwanted = 0;
+    size_t num_told;
     Redknot__V1__Shard *shards;
     enum rk_status status;
 
     for (size_t i = 0; i < announcement->num_shards; i++) {
         num_unwanted += announcement->shards[i].unwanted;
     }
-    shards = rk_alloc_zero(num_unwanted + 1, sizeof(*shards));
-    reply.drop = rk_alloc_zero(num_unwanted + 1, sizeof(*reply.drop));
+    num_told = num_unwanted < ANNOUNCE_DROPS_MAX ? num_unwanted : ANNOUNCE_DROPS_MAX;
+    if (num_told < num_unwanted) {
+        ask_again(announcement);
+    }
+    shards = rk_alloc_zero(num_told + 1, sizeof(*shards));
+    reply.drop = rk_alloc_zero(num_told + 1, sizeof(*reply.drop));
     if (shards == NULL || reply.drop == NULL) {
         status = out_of_memory(error);
         goto done;
     }
-    for (size_t i = 0; i < announcement->num_shards; i++) {
+    for (size_t i = 0; i < announcement->num_shards && reply.n_drop < num_told; i++) {
         const struct index_announced *from = &announcement->shards[i];
         Redknot__V1__Shard *shard = &shards[reply.n_drop];
 

@@ -7,6 +7,8 @@
 
 #include <string.h>
 
+#define LOCATE_SHARDS_MAX 262144u /* of one reply, which has to fit into a message */
+
 static enum rk_status out_of_memory(struct rk_error *error)
 {
     return rk_error_set(error, RK_ERR_NO_MEMORY, "the coordinator is out of memory");
@@ -23,6 +25,7 @@ struct locate {
     uint64_t visit;
     int64_t now_ns;
     bool *wants_tokens; /* [location] */
+    size_t num_shards;
     uint64_t num_tokens;
 };
 
@@ -42,6 +45,10 @@ static bool add_store(struct locate *locate, struct index_node *node)
 static enum rk_status fill_location(struct locate *locate, struct index_segment *segment,
                                     Redknot__V1__LocateReply__Location *location)
 {
+    locate->num_shards += segment->num_shards;
+    if (locate->num_shards > LOCATE_SHARDS_MAX) {
+        return RK_ERR_TOO_LONG;
+    }
     location->shards = arena_alloc(locate->arena, segment->num_shards, sizeof(*location->shards));
     if (location->shards == NULL) {
         return RK_ERR_NO_MEMORY;
@@ -129,6 +136,12 @@ static enum rk_status locate_all(struct locate *locate, const struct rk_id *ids,
         status = locate_one(locate, &ids[i], i, with_token_ids);
     }
     (void)pthread_mutex_unlock(&coordinator->index_lock);
+    if (status == RK_ERR_TOO_LONG) {
+        return rk_error_set(error, status,
+                            "the reply would carry more than %u shards; ask for fewer segments at "
+                            "a time",
+                            LOCATE_SHARDS_MAX);
+    }
     return status == RK_OK ? RK_OK : out_of_memory(error);
 }
 
