@@ -1,14 +1,17 @@
 /*
  * Goal:   what does not answer costs a request one fetch timeout, however many segments it has, and
- *         the next one nothing; who goes or is told to go is not waited for.
- * Method: a real cluster for each read path; its store or coordinator is stopped (SIGSTOP) with 8
- * and 30 segments in it; times to the first token are compared with a cold request's. A worker with
- * a long fetch timeout is left by its client, and ended by SIGTERM, at each stage.
+ *         the next one nothing; who goes or is told to go is not waited for; readers that take
+ * nothing slow nobody. Method: a real cluster for each read path; its store or coordinator is
+ * stopped (SIGSTOP) with 8 and 30 segments in it; times to the first token are compared with a cold
+ * request's. A worker with a long fetch timeout is left by its client, and ended by SIGTERM, at
+ * each stage.
  */
 #include "tests/e2e/cluster.h"
 #include "tests/e2e/documents.h"
 
 #include "common/base/clock.h"
+#include "common/rpc/rpc.h"
+#include "redknot/v1/worker.pb-c.h"
 
 #include <pthread.h>
 #include <setjmp.h>
@@ -32,6 +35,8 @@
 #define LONG_TIMEOUT_MS  "30000"
 #define GONE_S           1.0
 #define STOPPED_S        5.0
+#define SCORERS          9 /* --requests-max is 8 */
+#define CONTINUATION     400
 #define WAIT_MAX_MS      30000
 
 static int32_t ids[SEGMENTS_MAX][SEGMENT];
@@ -315,12 +320,96 @@ static void a_publish_holds_up_nobody(void **state)
     assert_true(seconds < STOPPED_S);
 }
 
+/* ---- Readers that take nothing ---- */
+
+/* A Score of whose rows one is read. */
+static void scorer_start(struct rk_rpc_channel *channel, struct rk_rpc_stream **ret_stream)
+{
+    Redknot__V1__ScoreRequest request = REDKNOT__V1__SCORE_REQUEST__INIT;
+    Redknot__V1__SegmentInput inputs[2] = {REDKNOT__V1__SEGMENT_INPUT__INIT,
+                                           REDKNOT__V1__SEGMENT_INPUT__INIT};
+    Redknot__V1__SegmentInput__TokenIds tokens[2] = {REDKNOT__V1__SEGMENT_INPUT__TOKEN_IDS__INIT,
+                                                     REDKNOT__V1__SEGMENT_INPUT__TOKEN_IDS__INIT};
+    int32_t continuation[CONTINUATION];
+    documents_cut(&seed, CONTINUATION, continuation);
+    tokens[0].ids = (uint32_t *)question;
+    tokens[0].n_ids = QUESTION;
+    tokens[1].ids = (uint32_t *)continuation;
+    tokens[1].n_ids = CONTINUATION;
+    for (int i = 0; i < 2; i++) {
+        inputs[i].content_case = REDKNOT__V1__SEGMENT_INPUT__CONTENT_TOKENS;
+        inputs[i].tokens = &tokens[i];
+    }
+    request.prompt = &inputs[0];
+    request.continuation = &inputs[1];
+    request.level = (char *)"full";
+    assert_int_equal(rk_rpc_stream_open_with(channel, "/redknot.v1.Worker/Score", &request.base,
+                                             4 * WAIT_MAX_MS, ret_stream, NULL),
+                     RK_OK);
+    struct ProtobufCMessage *message = NULL; /* One row: nothing is sent by a call that waits. */
+    assert_int_equal(
+        rk_rpc_stream_recv(*ret_stream, &redknot__v1__score_reply__descriptor, &message), RK_OK);
+    rk_rpc_message_free(message);
+}
+
+static double stalled_count(void)
+{
+    return cluster_metric(cluster.worker_metrics[0], "redknot_worker_requests_stalled");
+}
+
+static void wait_for_stalled(double wanted)
+{
+    int64_t deadline = rk_deadline_in_ms(WAIT_MAX_MS);
+    while (stalled_count() != wanted) {
+        assert_true(rk_deadline_left_ms(deadline) > 0);
+        rk_clock_sleep_ms(20);
+    }
+}
+
+/* More of them than there are places: they slow nobody down, and do not stay. */
+static void readers_that_take_nothing_slow_nobody(void **state)
+{
+    (void)state;
+    struct rk_rpc_channel *channels[SCORERS];
+    struct rk_rpc_stream *streams[SCORERS];
+    struct answer answer;
+    cut_documents();
+    double alone = ask_seconds(8, false, &answer);
+    answer_clear(&answer);
+    for (int i = 0; i < SCORERS; i++) {
+        assert_int_equal(rk_rpc_channel_create(cluster.worker_addresses[0], &channels[i], NULL),
+                         RK_OK);
+        scorer_start(channels[i], &streams[i]);
+    }
+    wait_for_stalled(SCORERS);
+    double beside = ask_seconds(8, false, &answer);
+    answer_clear(&answer);
+    print_message("a request of 8 segments: %.3f s alone, %.3f s beside %d stalled scores\n", alone,
+                  beside, SCORERS);
+    assert_true(stalled_count() == SCORERS); /* They were there all the time. */
+    wait_for_stalled(0);
+    for (int i = 0; i < SCORERS; i++) {
+        struct ProtobufCMessage *message = NULL;
+        while (rk_rpc_stream_recv(streams[i], &redknot__v1__score_reply__descriptor, &message) ==
+               RK_OK) {
+            rk_rpc_message_free(message);
+        }
+        assert_int_equal(rk_rpc_stream_finish(streams[i], NULL), RK_ERR_DEADLINE);
+        rk_rpc_stream_destroy(streams[i]);
+        rk_rpc_channel_destroy(channels[i]);
+    }
+    assert_true(beside < 2 * alone + SLACK_S);
+}
+
 int main(void)
 {
     static const char *const paths[] = {NULL, "ucx", "grpc"};
     const struct CMUnitTest times[] = {
         cmocka_unit_test(a_stopped_store_costs_one_timeout),
         cmocka_unit_test(a_stopped_coordinator_costs_one_timeout),
+    };
+    const struct CMUnitTest readers[] = {
+        cmocka_unit_test(readers_that_take_nothing_slow_nobody),
     };
     const struct CMUnitTest ends[] = {
         cmocka_unit_test(who_goes_is_not_waited_for),
@@ -329,6 +418,9 @@ int main(void)
     };
     int failed = 0;
     const char *only = getenv("REDKNOT_TEST_PATH"); /* one of them, for a person in a hurry */
+    if (!only || strcmp(only, "readers") == 0) {
+        failed += cmocka_run_group_tests_name("readers", readers, start, stop);
+    }
     for (int i = 0; i < 3; i++) {
         path = paths[i];
         if (only && strcmp(only, path ? path : "shm") != 0) {

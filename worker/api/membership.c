@@ -24,6 +24,23 @@ struct api_membership {
     bool stopping; /* guarded */
 };
 
+static bool is_stopping(void *context)
+{
+    struct api_membership *membership = context;
+    pthread_mutex_lock(&membership->mutex);
+    bool stopping = membership->stopping;
+    pthread_mutex_unlock(&membership->mutex);
+    return stopping;
+}
+
+/* A stop ends the call: a coordinator that is silent must not hold up the worker's end. */
+static struct rk_until call_until(struct api_membership *membership)
+{
+    return (struct rk_until){.deadline_ns = rk_deadline_in_ms(CALL_TIMEOUT_MS),
+                             .cancelled = is_stopping,
+                             .context = membership};
+}
+
 /* False: stop was asked for. */
 static bool wait_ms(struct api_membership *membership, int64_t ms)
 {
@@ -57,9 +74,10 @@ static enum rk_status join_cluster(struct api_membership *membership, uint32_t *
     request.node = &node;
     request.cluster_id = (char *)rk_service_cluster();
     struct ProtobufCMessage *message = NULL;
-    enum rk_status status =
-        rk_rpc_unary(membership->channel, "/redknot.v1.Coordinator/RegisterNode", &request.base,
-                     &redknot__v1__register_reply__descriptor, CALL_TIMEOUT_MS, &message, error);
+    struct rk_until until = call_until(membership);
+    enum rk_status status = rk_rpc_unary_until(
+        membership->channel, "/redknot.v1.Coordinator/RegisterNode", &request.base,
+        &redknot__v1__register_reply__descriptor, &until, &message, error);
     if (status == RK_OK) {
         uint32_t heartbeat_ms = ((const Redknot__V1__RegisterReply *)(void *)message)->heartbeat_ms;
         *ret_heartbeat_ms =
@@ -76,9 +94,10 @@ static enum rk_status heartbeat(struct api_membership *membership, struct rk_err
     request.node_id = (char *)membership->options.node_id;
     request.incarnation = membership->options.incarnation;
     struct ProtobufCMessage *message = NULL;
+    struct rk_until until = call_until(membership);
     enum rk_status status =
-        rk_rpc_unary(membership->channel, "/redknot.v1.Coordinator/Heartbeat", &request.base,
-                     &redknot__v1__heartbeat_reply__descriptor, CALL_TIMEOUT_MS, &message, error);
+        rk_rpc_unary_until(membership->channel, "/redknot.v1.Coordinator/Heartbeat", &request.base,
+                           &redknot__v1__heartbeat_reply__descriptor, &until, &message, error);
     if (status == RK_OK) {
         if (((const Redknot__V1__HeartbeatReply *)(void *)message)->register_again) {
             status = RK_ERR_NOT_FOUND;
@@ -107,7 +126,7 @@ static void *membership_thread(void *context)
         } else if (status == RK_ERR_NOT_FOUND && joined) {
             joined = false;
             wait = 0;
-        } else if (status != RK_OK && !told) {
+        } else if (status != RK_OK && status != RK_ERR_CANCELLED && !told) {
             RK_LOG_WARN("coordinator_unreachable", "coordinator=%s action=retry reason=%q",
                         membership->options.coordinator, error.text);
             told = true;
