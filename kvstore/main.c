@@ -19,6 +19,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#define UCX_AUTO            "auto"
 #define STOP_GRACE_MS       2000
 #define PINS_WAIT_MS        2000
 #define MEMORY_BESIDE_BYTES (UINT64_C(2) << 30) /* address space of threads and libraries */
@@ -47,7 +48,7 @@ struct settings {
     const char *coordinator;
     uint64_t dram_bytes;
     const char *shm_socket; /* NULL: the default; "": not served */
-    const char *ucx;        /* alike */
+    const char *ucx;        /* NULL or "": not served; "auto" */
     const char *metrics;
     const char *node_id;
     const char *advertise;
@@ -65,7 +66,9 @@ static const struct argp_option options[] = {
     {"shm-socket", OPTION_SHM_SOCKET, "PATH", 0,
      "Unix socket for readers on this host; empty: none (under $XDG_RUNTIME_DIR or /tmp)", 0},
     {"ucx", OPTION_UCX, "HOST:PORT", 0,
-     "UCX address for readers on other hosts; empty: none (host of --listen, any port)", 0},
+     "UCX address for readers on other hosts, in a network without strangers; \"auto\": host of "
+     "--listen, any port; empty: none (none)",
+     0},
     {"metrics", OPTION_METRICS, "HOST:PORT", 0,
      "Prometheus metrics; empty: none (" RK_METRICS_STORE ")", 0},
     {"node-id", OPTION_NODE_ID, "NAME", 0, "Name in the cluster (made from the host's name)", 0},
@@ -145,7 +148,9 @@ static error_t parse_option(int key, char *value, struct argp_state *state)
         settings->shm_socket = value;
         return 0;
     case OPTION_UCX:
-        settings->ucx = value[0] ? address_or_usage(value, RK_ADDRESS_LISTEN, state) : value;
+        settings->ucx = value[0] && strcmp(value, UCX_AUTO) != 0
+                            ? address_or_usage(value, RK_ADDRESS_LISTEN, state)
+                            : value;
         return 0;
     case OPTION_METRICS:
         settings->metrics = value[0] ? address_or_usage(value, RK_ADDRESS_LISTEN, state) : value;
@@ -314,16 +319,27 @@ static enum rk_status process_bind(struct process *process, struct rk_error *err
                                 process->advertise, error);
 }
 
-/* Unless --ucx asks for it, a machine without UCX only lacks this path. */
+/* Where others reach it: as they reach the store, unless that is by IPv6, where it is not served.
+ */
+static enum rk_status ucx_announce(struct process *process, const char *listen,
+                                   struct rk_error *error)
+{
+    bool ipv6 = process->advertise[0] == '[';
+    return rk_address_with_port(ipv6 ? listen : process->advertise,
+                                rk_ucx_server_port(process->ucx), process->ucx_address, error);
+}
+
+/* With "auto" a machine that cannot serve it only lacks this path, and says so. */
 static enum rk_status ucx_start(struct process *process, struct rk_error *error)
 {
     const struct settings *settings = &process->settings;
     const char *listen = settings->ucx;
     enum rk_status status = RK_OK;
-    if (listen && listen[0] == '\0') {
+    if (!listen || listen[0] == '\0') {
         return RK_OK;
     }
-    if (!listen) {
+    bool any = strcmp(listen, UCX_AUTO) == 0;
+    if (any) {
         status = rk_address_with_port(settings->listen, 0, process->ucx_listen, error);
         listen = process->ucx_listen;
     }
@@ -337,14 +353,11 @@ static enum rk_status ucx_start(struct process *process, struct rk_error *error)
                                         .ops = &kvstore_service_store_ops,
                                         .context = &process->service};
     status = rk_ucx_server_start(&ucx, &process->ucx, error);
-    if (status != RK_OK && !settings->ucx) {
+    if (status != RK_OK && any) {
         RK_LOG_WARN("ucx_not_served", "reason=%q", error ? error->text : "");
         return RK_OK;
     }
-    return status == RK_OK
-               ? rk_address_with_port(process->advertise, rk_ucx_server_port(process->ucx),
-                                      process->ucx_address, error)
-               : status;
+    return status == RK_OK ? ucx_announce(process, listen, error) : status;
 }
 
 static enum rk_status process_store(struct process *process, struct rk_error *error)

@@ -1,6 +1,7 @@
 #include "common/transport/ucx_internal.h"
 
 #include "common/base/address.h"
+#include "common/base/alloc.h"
 #include "common/base/clock.h"
 
 #include <arpa/inet.h>
@@ -26,15 +27,58 @@ static bool api_loaded;
 static char api_missing[128];
 static pthread_once_t api_once = PTHREAD_ONCE_INIT;
 
+/* What only the environment can tell it: its constructors install handlers for signals, hook the
+ * program's memory and speak on standard output unless they are told not to, and
+ * ucp_config_modify() does not reach its listeners' settings. */
+static const char *const load_settings[] = {
+    "UCX_ERROR_SIGNALS=", "UCX_MEM_EVENTS=n", "UCX_LOG_LEVEL=fatal", "UCX_WARN_UNUSED_ENV_VARS=n",
+    "UCX_TCP_CM_REUSEADDR=y" /* A store that restarts finds its port in the state TIME_WAIT. */
+};
+#define NUM_LOAD_SETTINGS (sizeof(load_settings) / sizeof(load_settings[0]))
+
+static bool environment_has(char **all, const char *setting)
+{
+    size_t bytes = (size_t)(strchr(setting, '=') - setting) + 1;
+    for (; *all; all++) {
+        if (strncmp(*all, setting, bytes) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/*
+ * The environment with these settings behind it, a user's own untouched. setenv() would change the
+ * one that other threads read meanwhile: getenv() takes no lock, and we are a library in somebody
+ * else's program. This one is another list, whole before anybody sees it, and neither it nor the
+ * one before is ever freed or changed by us, for somebody may be reading it. NULL: no memory.
+ */
+static char **environment_make(char **all)
+{
+    size_t count = 0;
+    while (all[count]) {
+        count++;
+    }
+    char **list = rk_alloc_zero(count + NUM_LOAD_SETTINGS + 1, sizeof(*list));
+    if (!list) {
+        return NULL;
+    }
+    memcpy(list, all, count * sizeof(*list));
+    for (size_t i = 0; i < NUM_LOAD_SETTINGS; i++) {
+        if (!environment_has(all, load_settings[i])) {
+            list[count++] = (char *)(uintptr_t)load_settings[i];
+        }
+    }
+    return list;
+}
+
 static void api_load(void)
 {
-    /* Read by its constructors; a user's own settings stay. */
-    (void)setenv("UCX_ERROR_SIGNALS", "", 0);
-    (void)setenv("UCX_MEM_EVENTS", "n", 0);
-    (void)setenv("UCX_LOG_LEVEL", "fatal", 0);
-    (void)setenv("UCX_WARN_UNUSED_ENV_VARS", "n", 0);
-    /* A store that restarts finds its port in the state TIME_WAIT. */
-    (void)setenv("UCX_TCP_CM_REUSEADDR", "y", 0);
+    static char **list; /* Reachable, so that no tool takes it for lost. */
+    list = environ ? environment_make(environ) : NULL;
+    if (list) { /* For good: its listeners look at it each time. */
+        __atomic_store_n(&environ, list, __ATOMIC_RELEASE);
+    }
     void *library = dlopen("libucp.so.0", RTLD_NOW | RTLD_LOCAL);
     if (!library) {
         (void)snprintf(api_missing, sizeof(api_missing), "%s", dlerror());
@@ -73,11 +117,27 @@ static enum rk_status ucx_failed(ucs_status_t result, const char *what, struct r
 
 /* ---- Addresses and devices ---- */
 
+/* In digits, or a name that has no other address. */
+static bool host_is_ipv6(const char *host)
+{
+    struct addrinfo hints = {.ai_family = AF_INET6, .ai_socktype = SOCK_STREAM};
+    struct addrinfo *found = NULL;
+    bool is = getaddrinfo(host, NULL, &hints, &found) == 0;
+    if (is) {
+        freeaddrinfo(found);
+    }
+    return is;
+}
+
 enum rk_status ucx_address_resolve(const char *text, struct ucx_address *ret_address,
                                    struct rk_error *error)
 {
     struct rk_address address;
-    struct addrinfo hints = {.ai_socktype = SOCK_STREAM};
+    /*
+     * IPv4 alone: for an IPv6 peer UCX 1.13 writes past a block of its heap at each connection, in
+     * the store and in its reader, which ends as an abort some time later.
+     */
+    struct addrinfo hints = {.ai_family = AF_INET, .ai_socktype = SOCK_STREAM};
     struct addrinfo *found = NULL;
     char port[16];
     enum rk_status status = rk_address_parse(text, RK_ADDRESS_LISTEN, &address, error);
@@ -86,6 +146,12 @@ enum rk_status ucx_address_resolve(const char *text, struct ucx_address *ret_add
     }
     (void)snprintf(port, sizeof(port), "%d", address.port);
     int result = getaddrinfo(address.host, port, &hints, &found);
+    if (result != 0 && host_is_ipv6(address.host)) {
+        return rk_error_set(error, RK_ERR_UNSUPPORTED,
+                            "%s: UCX is served at IPv4 addresses only, for UCX 1.13 corrupts its "
+                            "memory with IPv6",
+                            text);
+    }
     if (result != 0) {
         return rk_error_set(error, RK_ERR_UNAVAILABLE, "%s: %s", text, gai_strerror(result));
     }

@@ -195,6 +195,7 @@ static void define_store(struct cluster *cluster, const struct cluster_options *
                       cluster->coordinator_address, "--dram",
                       options->dram ? options->dram : "1GiB", "--shm-socket", socket, "--node-id",
                       name, NULL);
+    process_arguments(store, "--ucx", "auto", NULL);
     if (options->store_faults) {
         process_arguments(store, "--enable-fault-injection", NULL);
     }

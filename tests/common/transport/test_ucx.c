@@ -474,6 +474,78 @@ static void strangers_are_cut_off(void **state)
     close(fd);
 }
 
+/* Each form of an address: served, or refused with a reason, never half. */
+static void addresses_of_every_form(void **state)
+{
+    static const struct {
+        const char *listen;
+        enum rk_status status;
+    } forms[] = {{"127.0.0.1:0", RK_OK},
+                 {"0.0.0.0:0", RK_OK},
+                 {"localhost:0", RK_OK},
+                 {"[::1]:0", RK_ERR_UNSUPPORTED},
+                 {"[::]:0", RK_ERR_UNSUPPORTED},
+                 {"[::ffff:127.0.0.1]:0", RK_OK},
+                 {"127.0.0.1:65536", RK_ERR_INVALID},
+                 {"no.such.host.invalid:0", RK_ERR_UNAVAILABLE},
+                 {"nothing", RK_ERR_INVALID}};
+    (void)state;
+    for (size_t i = 0; i < sizeof(forms) / sizeof(forms[0]); i++) {
+        const struct rk_ucx_server_options options = {.listen = forms[i].listen,
+                                                      .arena = "",
+                                                      .ops = &pinned_pages_ops,
+                                                      .context = &arena.pages};
+        struct rk_ucx_server *server = NULL;
+        struct rk_error error = {.text = ""};
+        enum rk_status status = rk_ucx_server_start(&options, &server, &error);
+        if (status != forms[i].status) {
+            fail_msg("%s: %s %s", forms[i].listen, rk_status_name(status), error.text);
+        }
+        assert_true(status == RK_OK || error.text[0] != '\0');
+        rk_ucx_server_stop(status == RK_OK ? server : NULL);
+    }
+    /* A reader does not try, either. */
+    const struct rk_transport_endpoint endpoint = {.grpc_address = "", .ucx_address = "[::1]:7"};
+    struct rk_transport *transport = NULL;
+    assert_int_equal(rk_transport_connect(&endpoint, RK_PATH_UCX, WAIT_MS, &transport, NULL),
+                     RK_ERR_UNSUPPORTED);
+}
+
+/* A store that ended first finds its port in the state TIME_WAIT. */
+static void a_port_is_served_again(void **state)
+{
+    (void)state;
+    char listen[32];
+    struct rk_error error = {.text = ""};
+    struct rk_ucx_server_options options = {
+        .listen = "127.0.0.1:0", .arena = "", .ops = &pinned_pages_ops, .context = &arena.pages};
+    struct rk_ucx_server *server = NULL;
+    for (int round = 0; round < 3; round++) {
+        enum rk_status status = rk_ucx_server_start(&options, &server, &error);
+        if (status != RK_OK) {
+            fail_msg("round %d: %s", round, error.text);
+        }
+        struct rk_transport *reader = reader_connect(rk_ucx_server_port(server), WAIT_MS, &status);
+        assert_int_equal(status, RK_OK);
+        (void)snprintf(listen, sizeof(listen), "127.0.0.1:%d", rk_ucx_server_port(server));
+        options.listen = listen;
+        rk_ucx_server_stop(server);
+        rk_transport_destroy(reader);
+    }
+}
+
+static const char *environment_value;
+
+/* What was there stays as it was, where it was: other threads may be reading it. */
+static void the_environment_only_grows(void **state)
+{
+    (void)state;
+    assert_string_equal(getenv("UCX_LOG_LEVEL"), "error"); /* A user's own, see main(). */
+    assert_ptr_equal(getenv("REDKNOT_TEST_UCX"), environment_value);
+    /* Whether the library has read the rest, ucx_peer.c says: there nobody else handles signals. */
+    assert_string_equal(getenv("UCX_ERROR_SIGNALS"), "");
+}
+
 static void nobody_listens_there(void **state)
 {
     (void)state;
@@ -488,6 +560,9 @@ static void nobody_listens_there(void **state)
 
 int main(void)
 {
+    (void)setenv("UCX_LOG_LEVEL", "error", 1);
+    (void)setenv("REDKNOT_TEST_UCX", "1", 1);
+    environment_value = getenv("REDKNOT_TEST_UCX");
     rk_log_init("test", RK_LOG_LEVEL_ERROR);
 #define WITH_SERVER(test) cmocka_unit_test_setup_teardown(test, set_up, tear_down)
 #define WITH_RENDEZVOUS(test)                                                                      \
@@ -504,6 +579,9 @@ int main(void)
         WITH_SERVER(puts_over_this_path),
         WITH_SERVER(another_answer_than_was_asked_for),
         WITH_SERVER(another_store_than_was_looked_for),
+        cmocka_unit_test(addresses_of_every_form),
+        cmocka_unit_test(a_port_is_served_again),
+        cmocka_unit_test(the_environment_only_grows),
         cmocka_unit_test(a_killed_store_is_noticed),
         cmocka_unit_test(a_stopped_store_costs_one_deadline),
         WITH_SERVER(a_killed_reader_lets_go),

@@ -9,6 +9,7 @@
 
 #include "common/base/clock.h"
 
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,6 +20,11 @@ static int serve(void)
     struct rk_error error = {.text = ""};
     if (arena_serve(&arena, false, &error) != RK_OK) {
         (void)fprintf(stderr, "ucx_peer: %s\n", error.text);
+        return 1;
+    }
+    struct sigaction action;
+    if (sigaction(SIGILL, NULL, &action) != 0 || action.sa_handler != SIG_DFL) {
+        (void)fprintf(stderr, "ucx_peer: UCX handles our signals\n");
         return 1;
     }
     printf("%d\n", rk_ucx_server_port(arena.server));
