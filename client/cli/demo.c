@@ -72,7 +72,24 @@ struct question {
     uint32_t max_tokens;
 };
 
+enum { SUMMARY_EXACT, SUMMARY_OTHER, SUMMARY_LEVELS };
+
+struct summary_level {
+    uint32_t questions;
+    uint32_t same; /* of them, in every byte as at full */
+};
+
+struct summary {
+    struct summary_level levels[SUMMARY_LEVELS];
+    uint32_t reusing; /* questions that found something stored; the times are theirs */
+    double ttft_cold_s;
+    double ttft_reuse_s;
+    uint64_t prompt_tokens;
+    uint64_t tokens_reused;
+};
+
 struct demo {
+    struct summary summary;
     json_t *root; /* owns the strings below */
     const char *names[DEMO_DOCUMENTS_MAX];
     char *texts[DEMO_DOCUMENTS_MAX];
@@ -309,6 +326,18 @@ struct answer {
     size_t bytes;
 };
 
+/* A question's two answers. */
+struct pair {
+    struct answer full;
+    struct answer level;
+};
+
+static bool pair_same(const struct pair *pair)
+{
+    return pair->full.bytes == pair->level.bytes &&
+           memcmp(pair->full.text, pair->level.text, pair->full.bytes) == 0;
+}
+
 static bool on_token(void *context, const int32_t *token_ids, size_t num_tokens, const char *text,
                      size_t text_bytes)
 {
@@ -356,7 +385,7 @@ static void order_text(const struct demo *demo, const struct question *question,
 }
 
 static void print_row(const struct demo *demo, size_t index, const struct rk_report *cold,
-                      const struct rk_report *warm, const struct answer *answer)
+                      const struct rk_report *warm, const struct pair *pair)
 {
     const struct question *question = &demo->questions[index];
     char order[1024];
@@ -378,32 +407,81 @@ static void print_row(const struct demo *demo, size_t index, const struct rk_rep
     if (question->about[0]) {
         (void)printf("    shows:  %s\n", question->about);
     }
-    (void)printf("    order:  %s\n    asked:  %s\n    answer:\n", order, question->prompt);
-    cli_print_wrapped(stdout, answer->text, answer->bytes, 8, DEMO_COLUMNS);
+    (void)printf("    order:  %s\n    asked:  %s\n    answer at %s:\n", order, question->prompt,
+                 question->level);
+    cli_print_wrapped(stdout, pair->level.text, pair->level.bytes, 8, DEMO_COLUMNS);
+    if (pair_same(pair)) {
+        (void)printf("    answer at full: the same, word by word\n");
+    } else {
+        (void)printf("    answer at full:\n");
+        cli_print_wrapped(stdout, pair->full.text, pair->full.bytes, 8, DEMO_COLUMNS);
+    }
     (void)putchar('\n');
     (void)fflush(stdout);
 }
 
 static void add_row(struct demo *demo, size_t index, const struct rk_report *cold,
-                    const struct rk_report *warm, const struct answer *answer)
+                    const struct rk_report *warm, const struct pair *pair)
 {
     const struct question *question = &demo->questions[index];
     json_t *order = json_array();
     for (size_t i = 0; i < question->num_documents; i++) {
         (void)json_array_append_new(order, json_string(demo->names[question->documents[i]]));
     }
-    json_t *text = json_stringn(answer->text, answer->bytes);
-    (void)json_array_append_new(
-        demo->rows,
-        json_pack("{s:s, s:s, s:o, s:s, s:i, s:o, s:f, s:f, s:o, s:o}", "prompt", question->prompt,
+    json_t *row =
+        json_pack("{s:s, s:s, s:o, s:s, s:i, s:b, s:f, s:f, s:o, s:o}", "prompt", question->prompt,
                   "about", question->about, "documents", order, "level", question->level, "worker",
-                  (int)question->worker, "answer", text ? text : json_null(), "ttft_cold_s",
+                  (int)question->worker, "same_as_full", (int)pair_same(pair), "ttft_cold_s",
                   cold->ttft_s, "ttft_reuse_s", warm->ttft_s, "cold", cli_report_json(cold),
-                  "reuse", cli_report_json(warm)));
+                  "reuse", cli_report_json(warm));
+    cli_json_set_text(row, "answer", pair->level.text, pair->level.bytes);
+    cli_json_set_text(row, "answer_full", pair->full.text, pair->full.bytes);
+    (void)json_array_append_new(demo->rows, row);
 }
 
-static enum rk_status run_question(struct demo *demo, size_t index, bool json,
-                                   struct answer *answer, struct rk_error *error)
+/* Counted as questions are answered. */
+static void summary_add(struct summary *summary, const struct question *question,
+                        const struct rk_report *cold, const struct rk_report *warm, bool same)
+{
+    struct summary_level *level =
+        &summary->levels[strcmp(question->level, "exact") == 0 ? SUMMARY_EXACT : SUMMARY_OTHER];
+    level->questions++;
+    level->same += same;
+    if (warm->tokens_reused > 0) { /* The others have nothing to be faster by. */
+        summary->reusing++;
+        summary->ttft_cold_s += cold->ttft_s;
+        summary->ttft_reuse_s += warm->ttft_s;
+    }
+    summary->prompt_tokens += warm->prompt_tokens;
+    summary->tokens_reused += warm->tokens_reused;
+}
+
+static void summary_print(const struct summary *summary)
+{
+    const struct summary_level *exact = &summary->levels[SUMMARY_EXACT];
+    const struct summary_level *other = &summary->levels[SUMMARY_OTHER];
+    char cold[32];
+    char warm[32];
+    (void)printf("SUMMARY\n");
+    if (summary->reusing > 0) {
+        (void)printf("  first token, mean of the %u questions that found something stored: %s "
+                     "computed, %s reused (%.0fx)\n",
+                     summary->reusing, cli_seconds(summary->ttft_cold_s / summary->reusing, cold),
+                     cli_seconds(summary->ttft_reuse_s / summary->reusing, warm),
+                     summary->ttft_cold_s / summary->ttft_reuse_s);
+    }
+    (void)printf("  prompt tokens reused: %.0f %%\n",
+                 summary->prompt_tokens
+                     ? 100.0 * summary->tokens_reused / (double)summary->prompt_tokens
+                     : 0);
+    (void)printf("  answers that are word by word those of full: %u of %u at exact (always), %u of "
+                 "%u at fast (an approximation)\n",
+                 exact->same, exact->questions, other->same, other->questions);
+    (void)printf("  next: `redknot up` starts a cluster that stays; README.md, \"Use it\"\n");
+}
+
+static enum rk_status run_question(struct demo *demo, size_t index, bool json, struct pair *pair,
+                                   struct rk_error *error)
 {
     const struct question *question = &demo->questions[index];
     struct cli_common common = {.coordinator = demo->cluster.processes[0].address};
@@ -413,15 +491,19 @@ static enum rk_status run_question(struct demo *demo, size_t index, bool json,
     enum rk_status status =
         cli_client_open(&common, worker_address(demo, question->worker), &client, error);
     if (status == RK_OK) {
-        status = ask(demo, client, question, "full", true, answer, &cold, error);
+        status = ask(demo, client, question, "full", true, &pair->full, &cold, error);
     }
     if (status == RK_OK) {
-        status = ask(demo, client, question, question->level, false, answer, &warm, error);
+        status = ask(demo, client, question, question->level, false, &pair->level, &warm, error);
+    }
+    cli_progress_end();
+    if (status == RK_OK) {
+        summary_add(&demo->summary, question, &cold, &warm, pair_same(pair));
     }
     if (status == RK_OK && json) {
-        add_row(demo, index, &cold, &warm, answer);
+        add_row(demo, index, &cold, &warm, pair);
     } else if (status == RK_OK) {
-        print_row(demo, index, &cold, &warm, answer);
+        print_row(demo, index, &cold, &warm, pair);
     }
     rk_report_clear(&cold);
     rk_report_clear(&warm);
@@ -465,7 +547,8 @@ static enum rk_status demo_run(struct demo *demo, const struct demo_arguments *a
         status = load_examples(demo, error);
     }
     if (status == RK_OK && !json) {
-        (void)printf("starting a coordinator, a store and %d workers ...\n", DEMO_WORKERS);
+        (void)printf("starting a coordinator, a store and %d workers, which load the model ...\n",
+                     DEMO_WORKERS);
         (void)fflush(stdout);
     }
     if (status == RK_OK) {
@@ -474,15 +557,19 @@ static enum rk_status demo_run(struct demo *demo, const struct demo_arguments *a
     if (status == RK_OK) {
         status = put_documents(demo, json, error);
     }
-    struct answer *answer = rk_alloc_zero(1, sizeof(*answer));
-    if (status == RK_OK && !answer) {
+    struct pair *pair = rk_alloc_zero(1, sizeof(*pair));
+    if (status == RK_OK && !pair) {
         status = rk_error_set(error, RK_ERR_NO_MEMORY, "out of memory");
     }
     for (size_t i = 0; i < demo->num_questions && status == RK_OK; i++) {
+        cli_progress("asking", i, demo->num_questions);
         status = cli_interrupted() ? rk_error_set(error, RK_ERR_CANCELLED, "interrupted")
-                                   : run_question(demo, i, json, answer, error);
+                                   : run_question(demo, i, json, pair, error);
     }
-    rk_free(answer);
+    if (status == RK_OK && !json) {
+        summary_print(&demo->summary);
+    }
+    rk_free(pair);
     return status;
 }
 

@@ -53,7 +53,7 @@ static int run(const char *arguments)
 {
     char line[4096];
     (void)snprintf(line, sizeof(line),
-                   "D=%s; export REDKNOT_COORDINATOR=%s; timeout 60 " REDKNOT_BINARY_DIR
+                   "D=%s; export REDKNOT_COORDINATOR=%s; timeout 120 " REDKNOT_BINARY_DIR
                    "/bin/redknot %s >$D/out 2>$D/err </dev/null",
                    cluster.folder, cluster.coordinator_address, arguments);
     int status = system(line);
@@ -288,6 +288,31 @@ static void json_leaves_no_row_out(void **state)
     json_decref(result);
 }
 
+/* Each question of the demo has the truth, from its document, beside it. */
+static void the_demo_answers_what_the_documents_say(void **state)
+{
+    (void)state;
+    json_t *questions = json_load_file(REDKNOT_SOURCE_DIR "/examples/questions.json", 0, NULL);
+    assert_non_null(questions);
+    expect("demo --json --examples " REDKNOT_SOURCE_DIR "/examples", 0);
+    json_t *result = output_json();
+    size_t count = json_array_size(json_object_get(questions, "questions"));
+    assert_true(count > 0);
+    for (size_t i = 0; i < count; i++) {
+        const char *truth = json_string_value(path_of(questions, "questions", i, "truth"));
+        const char *answer = json_string_value(path_of(result, "questions", i, "answer"));
+        assert_non_null(truth);
+        if (!strstr(answer, truth)) {
+            fail_msg("question %zu: \"%s\" lacks \"%s\"", i + 1, answer, truth);
+        }
+        const char *level = json_string_value(path_of(result, "questions", i, "level"));
+        assert_true(strcmp(level, "exact") != 0 ||
+                    json_is_true(path_of(result, "questions", i, "same_as_full")));
+    }
+    json_decref(result);
+    json_decref(questions);
+}
+
 /* The last test: from here on the stores are small. */
 static void a_store_too_small_is_told(void **state)
 {
@@ -317,6 +342,7 @@ int main(void)
         cmocka_unit_test(generate_says_what_its_answer_is_worth),
         cmocka_unit_test(tokens_are_those_of_the_model),
         cmocka_unit_test(json_leaves_no_row_out),
+        cmocka_unit_test(the_demo_answers_what_the_documents_say),
         cmocka_unit_test(a_store_too_small_is_told),
     };
     return cmocka_run_group_tests(tests, start, stop);
