@@ -12,6 +12,7 @@
 
 #include <argp.h>
 #include <errno.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,9 +20,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define UCX_AUTO            "auto"
-#define STOP_GRACE_MS       2000
-#define PINS_WAIT_MS        2000
+#define UCX_AUTO      "auto"
+#define STOP_GRACE_MS 2000
+#define PINS_WAIT_MS  2000
+#define SOCKET_ADVICE                                                                              \
+    "give --shm-socket PATH in a folder where this user may write, or --shm-socket '' for none"
 #define MEMORY_BESIDE_BYTES (UINT64_C(2) << 30) /* address space of threads and libraries */
 
 const char *argp_program_version = "redknot-kvstore " REDKNOT_VERSION;
@@ -227,18 +230,36 @@ static enum rk_status socket_path_default(const char *node_id, uint64_t incarnat
     if (!path) {
         status = rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a path");
     } else if (mkdir(folder, 0700) != 0 && errno != EEXIST) {
-        status = rk_error_set(error, RK_ERR_IO, "cannot make %s: %s", folder, strerror(errno));
+        status = rk_error_set(error, RK_ERR_IO, "cannot make %s: %s: " SOCKET_ADVICE, folder,
+                              strerror(errno));
     } else if (lstat(folder, &info) != 0 || !S_ISDIR(info.st_mode) || info.st_uid != geteuid() ||
                (info.st_mode & 077) != 0) {
-        status = rk_error_set(error, RK_ERR_IO,
-                              "%s is not a folder of this user alone: remove it or give "
-                              "--shm-socket",
-                              folder);
+        status = rk_error_set(
+            error, RK_ERR_IO,
+            "%s is not a folder of this user alone: have it removed, or " SOCKET_ADVICE, folder);
     }
     rk_free(folder);
     if (status != RK_OK) {
         rk_free(path);
         return status;
+    }
+    *ret_path = path;
+    return RK_OK;
+}
+
+/* Readers are told the path, and they are in other folders. */
+static enum rk_status socket_path_absolute(const char *given, char **ret_path,
+                                           struct rk_error *error)
+{
+    char here[PATH_MAX];
+    bool relative = given[0] != '\0' && given[0] != '/';
+    if (relative && !getcwd(here, sizeof(here))) {
+        return rk_error_set(error, RK_ERR_IO, "--shm-socket %s: the folder here: %s", given,
+                            strerror(errno));
+    }
+    char *path = relative ? rk_alloc_format("%s/%s", here, given) : rk_alloc_string(given);
+    if (!path) {
+        return rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a path");
     }
     *ret_path = path;
     return RK_OK;
@@ -278,9 +299,7 @@ static enum rk_status names_make(struct process *process, struct rk_error *error
         return socket_path_default(process->node_id, process->incarnation, &process->shm_socket,
                                    error);
     }
-    process->shm_socket = rk_alloc_string(settings->shm_socket);
-    return process->shm_socket ? RK_OK
-                               : rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for a path");
+    return socket_path_absolute(settings->shm_socket, &process->shm_socket, error);
 }
 
 /* Ports first: what is cheap to refuse comes before gigabytes are reserved. */
@@ -391,7 +410,10 @@ static enum rk_status process_store(struct process *process, struct rk_error *er
         .ops = &kvstore_service_store_ops,
         .context = &process->service,
     };
-    return rk_shm_server_start(&shm, &process->shm, error);
+    struct rk_error cause = {.text = ""};
+    status = rk_shm_server_start(&shm, &process->shm, &cause);
+    return status == RK_OK ? RK_OK
+                           : rk_error_set(error, status, "%.300s: " SOCKET_ADVICE, cause.text);
 }
 
 static enum rk_status process_serve(struct process *process, struct rk_error *error)

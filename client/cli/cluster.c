@@ -2,6 +2,7 @@
 #include "client/cli/cluster_internal.h"
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
+#include "common/base/limits.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -364,8 +365,9 @@ static void add_number(struct arguments *arguments, const char *option, uint32_t
 
 static void add_worker(struct arguments *arguments, const struct cluster_settings *settings)
 {
-    long processors = sysconf(_SC_NPROCESSORS_ONLN);
-    uint32_t shared = (uint32_t)(processors > 0 ? processors : 1) / settings->num_workers;
+    struct rk_limits limits;
+    rk_limits_read(&limits);
+    uint32_t shared = limits.cpus / settings->num_workers;
     add(arguments, "--model", settings->model);
     add(arguments, "--mode", settings->mode);
     add(arguments, "--path", settings->path);
@@ -553,7 +555,24 @@ static enum rk_status check_files(struct cluster_settings *settings, struct rk_e
     return status;
 }
 
-/* Those of role or of all (-1) that do not run; then those that do are asked, too. */
+/* Each store looks only for itself, and takes its memory as it fills: together they may ask for
+ * more than there is, and would end in the OOM killer. */
+static enum rk_status check_memory(const struct cluster_settings *settings, struct rk_error *error)
+{
+    uint64_t bytes = 0;
+    struct rk_limits limits;
+    rk_limits_read(&limits);
+    enum rk_status status = rk_size_parse(settings->dram, &bytes, error);
+    if (status != RK_OK || bytes <= limits.memory_bytes / settings->num_stores) {
+        return status;
+    }
+    return rk_error_set(error, RK_ERR_NO_MEMORY,
+                        "--dram %s for --stores %u, and %llu MiB are available (%s); ask for less",
+                        settings->dram, settings->num_stores,
+                        (unsigned long long)(limits.memory_bytes >> 20), limits.memory_by);
+}
+
+/* Those that do not run; then those that do are asked, too. */
 static enum rk_status start_missing(struct cluster *cluster, const struct cluster_options *options,
                                     int64_t deadline_ns, bool started[CLUSTER_PROCESSES_MAX],
                                     struct rk_error *error)
@@ -658,6 +677,9 @@ static enum rk_status start_in_folder(struct cluster_options *options, int timeo
     bool is_new = status == RK_ERR_NOT_FOUND;
     if (is_new) {
         status = check_files(&options->settings, error);
+    }
+    if (is_new && status == RK_OK) {
+        status = check_memory(&options->settings, error);
     }
     if (is_new && status == RK_OK) {
         status = plan(cluster, options, error);

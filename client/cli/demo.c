@@ -1,6 +1,7 @@
 #include "client/cli/cli_internal.h"
 #include "client/cli/cluster_internal.h"
 #include "common/base/alloc.h"
+#include "common/base/limits.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -258,8 +259,9 @@ static enum rk_status start_cluster(struct demo *demo, const struct demo_argumen
     settings->num_workers = DEMO_WORKERS;
     settings->base_port = cluster_free_ports(1, DEMO_WORKERS);
     /* One question runs at a time, so each worker may have all processors. */
-    long processors = sysconf(_SC_NPROCESSORS_ONLN);
-    settings->threads = processors > 0 ? (uint32_t)processors : 1;
+    struct rk_limits limits;
+    rk_limits_read(&limits);
+    settings->threads = limits.cpus;
     if (settings->base_port == 0) {
         return rk_error_set(error, RK_ERR_IO, "no free ports on 127.0.0.1");
     }

@@ -12,6 +12,7 @@
 #include <sys/socket.h>
 
 /* Scrapers are few; who opens more or dawdles must not cost the service anything. */
+#define BIND_WAIT_MS         3000 /* A killed predecessor keeps its port for a moment. */
 #define CONNECTIONS_MAX      16
 #define CONNECTION_TIMEOUT_S 10
 
@@ -118,6 +119,7 @@ enum rk_status rk_metrics_server_start(const char *address, struct rk_metrics_se
     }
     struct rk_listener_options options = {.name = "metrics",
                                           .address = address,
+                                          .bind_wait_ms = BIND_WAIT_MS,
                                           .pending_max = CONNECTIONS_MAX,
                                           .connections_max = CONNECTIONS_MAX,
                                           .preface_timeout_ms = CONNECTION_TIMEOUT_S * 1000,

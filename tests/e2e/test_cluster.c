@@ -276,8 +276,13 @@ static void a_damaged_state_hides_nothing(void **state)
 static void a_process_that_cannot_start_says_why(void **state)
 {
     (void)state;
-    expect(redknot("up --dir $D/a --base-port $P --workers 0 --dram 900TiB"), 1, "ended at once");
-    assert_non_null(strstr(output, "--dram asks for")); /* The last line of its log. */
+    char command[256];
+    expect(redknot("up --dir $D/a --base-port $P --workers 0 --dram 900TiB"), 1, "ask for less");
+    (void)snprintf(command, sizeof(command), "mkdir -p -m 700 %s/a; echo > %s/a/store-0.sock", base,
+                   base);
+    assert_int_equal(system(command), 0);
+    expect(redknot("up --dir $D/a --base-port $P --workers 0 --dram 64MiB"), 1, "ended at once");
+    assert_non_null(strstr(output, "is no socket"));    /* The last line of its log. */
     expect(redknot("down --dir $D/a"), 0, "stopped 0"); /* Nothing was left behind. */
 }
 
