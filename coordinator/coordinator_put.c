@@ -521,7 +521,8 @@ static enum rk_status check_still_good(struct coordinator *coordinator, const st
     segment = index_segment_find(coordinator->index, &placed->id);
     *ret_superseded = segment != NULL && segment->generation > placed->generation;
     if (placed->unwanted ||
-        placed->generation <= index_unwanted_generation(coordinator->index, &placed->id)) {
+        placed->generation <=
+            index_unwanted_kin(coordinator->index, &placed->id, &placed->origin)) {
         *ret_superseded = false;
         status = rk_error_set(error, RK_MISS_STALE_GENERATION,
                               "this segment was dropped after the put was placed; place it again");

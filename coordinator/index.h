@@ -249,6 +249,11 @@ void index_floor_set(struct index *index, uint64_t generation);
 /* What is not newer is not wanted: the floor, or its tombstone if that is higher. */
 uint64_t index_unwanted_generation(struct index *index, const struct rk_id *id);
 
+/* The same of something with an origin: also what its segment or its parent was dropped with, for
+ * a chain that was placed before that was computed from it. */
+uint64_t index_unwanted_kin(struct index *index, const struct rk_id *id,
+                            const struct rk_origin *origin);
+
 /* ---- Journal ---- */
 
 /* Moves up to count entries, in no order: each is looked up again. Clears their marks. */

@@ -130,6 +130,21 @@ enum rk_status index_kin_drop(struct index *index, const struct rk_id *id, uint6
     return status;
 }
 
+uint64_t index_unwanted_kin(struct index *index, const struct rk_id *id,
+                            const struct rk_origin *origin)
+{
+    uint64_t generation = index_unwanted_generation(index, id);
+
+    if (rk_origin_is_chain(origin)) {
+        uint64_t alone = index_unwanted_generation(index, &origin->alone);
+        uint64_t parent = index_unwanted_generation(index, &origin->parent);
+
+        generation = alone > generation ? alone : generation;
+        generation = parent > generation ? parent : generation;
+    }
+    return generation;
+}
+
 enum rk_status index_ids_add(struct index_ids *ids, const struct rk_id *id)
 {
     if (ids->count == ids->capacity) {

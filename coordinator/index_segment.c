@@ -396,19 +396,40 @@ static enum rk_status complete(struct index *index, struct index_segment *segmen
     return index_kin_link(index, segment);
 }
 
+/* A chain that a drop would have taken along, had it been known: with what continues it, which may
+ * have been announced before it. */
+static enum rk_status refuse_kin(struct index *index, const struct index_announced *announced,
+                                 uint64_t unwanted, int64_t now_ns, struct index_drops *drops)
+{
+    struct index_ids ids = {0};
+    bool known = false;
+    enum rk_status status = index_tombstone_put(index, &announced->id, unwanted);
+
+    if (status == RK_OK) {
+        status = index_kin_drop(index, &announced->id, unwanted, now_ns, drops, &ids, &known);
+    }
+    index_ids_free(&ids);
+    return status;
+}
+
 enum rk_status index_announce(struct index *index, struct index_node *node,
                               struct index_announced *announced, uint64_t since, int64_t now_ns,
                               struct index_drops *drops)
 {
     struct index_segment *segment = index_segment_find(index, &announced->id);
+    uint64_t unwanted = index_unwanted_kin(index, &announced->id, &announced->origin);
     struct index_location *location;
     enum rk_status status;
 
-    announced->unwanted =
-        announced->generation <= index_unwanted_generation(index, &announced->id) ||
-        (segment != NULL && segment->generation > announced->generation) ||
-        (segment != NULL && segment->generation == announced->generation &&
-         !same_shape(segment, announced));
+    if (segment == NULL && announced->generation <= unwanted &&
+        unwanted > index_unwanted_generation(index, &announced->id)) {
+        announced->unwanted = true;
+        return refuse_kin(index, announced, unwanted, now_ns, drops);
+    }
+    announced->unwanted = announced->generation <= unwanted ||
+                          (segment != NULL && segment->generation > announced->generation) ||
+                          (segment != NULL && segment->generation == announced->generation &&
+                           !same_shape(segment, announced));
     if (announced->unwanted) {
         return RK_OK;
     }

@@ -265,7 +265,9 @@ static void status_comes_in_pages(void **state)
             count++;
         }
         request.after = (ProtobufCBinaryData){reply->next_after.len, after};
-        memcpy(after, reply->next_after.data, reply->next_after.len);
+        if (reply->next_after.len > 0) {
+            memcpy(after, reply->next_after.data, reply->next_after.len);
+        }
         rk_rpc_message_free(message);
         if (count == 2) { /* The one that the page ended with. */
             struct kvstore_name name = {.generation = 1};
