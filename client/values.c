@@ -180,6 +180,100 @@ static void error_keep(struct call *call, const struct store *store, const struc
     }
 }
 
+/* ---- Questions beside the bytes ---- */
+
+typedef enum rk_status (*flags_ask)(struct rk_rpc_channel *channel, ProtobufCBinaryData *ids,
+                                    size_t count, const struct rk_until *until, bool *ret_flags,
+                                    struct rk_error *error);
+
+static enum rk_status exists_ask(struct rk_rpc_channel *channel, ProtobufCBinaryData *ids,
+                                 size_t count, const struct rk_until *until, bool *ret_flags,
+                                 struct rk_error *error)
+{
+    Redknot__V1__HasValuesRequest request = REDKNOT__V1__HAS_VALUES_REQUEST__INIT;
+    struct ProtobufCMessage *message = NULL;
+    request.n_ids = count;
+    request.ids = ids;
+    enum rk_status status =
+        rk_rpc_unary_until(channel, "/redknot.v1.KvStore/HasValues", &request.base,
+                           &redknot__v1__has_values_reply__descriptor, until, &message, error);
+    if (status != RK_OK) {
+        return status;
+    }
+    const Redknot__V1__HasValuesReply *reply = (const Redknot__V1__HasValuesReply *)message;
+    for (size_t i = 0; i < count; i++) {
+        ret_flags[i] = i < reply->n_found && reply->found[i];
+    }
+    rk_rpc_message_free(message);
+    return RK_OK;
+}
+
+static enum rk_status drop_ask(struct rk_rpc_channel *channel, ProtobufCBinaryData *ids,
+                               size_t count, const struct rk_until *until, bool *ret_flags,
+                               struct rk_error *error)
+{
+    Redknot__V1__DropValuesRequest request = REDKNOT__V1__DROP_VALUES_REQUEST__INIT;
+    struct ProtobufCMessage *message = NULL;
+    request.n_ids = count;
+    request.ids = ids;
+    enum rk_status status =
+        rk_rpc_unary_until(channel, "/redknot.v1.KvStore/DropValues", &request.base,
+                           &redknot__v1__drop_values_reply__descriptor, until, &message, error);
+    if (status != RK_OK) {
+        return status;
+    }
+    const Redknot__V1__DropValuesReply *reply = (const Redknot__V1__DropValuesReply *)message;
+    for (size_t i = 0; i < count; i++) {
+        ret_flags[i] = i < reply->n_dropped && reply->dropped[i];
+    }
+    rk_rpc_message_free(message);
+    return RK_OK;
+}
+
+/* One question to one store, over gRPC whatever the path of the bytes. */
+static enum rk_status flags_at(struct call *call, const struct store *store, flags_ask ask,
+                               const size_t *items, size_t count, bool *ret_flags)
+{
+    ProtobufCBinaryData ids[RK_TRANSPORT_ITEMS_MAX];
+    struct rk_rpc_channel *channel = NULL;
+    struct rk_error why = {.text = ""};
+    for (size_t i = 0; i < count; i++) {
+        ids[i] = (ProtobufCBinaryData){RK_ID_BYTES, call->ids[items[i]].bytes};
+    }
+    struct rk_kv_ask asked;
+    enum rk_status status =
+        stores_channel(&call->values->stores, store->endpoint.address, &channel, &why);
+    if (status == RK_OK) {
+        status = rk_kv_pool_ask_begin(call->values->pool, &store->endpoint, &asked, &why);
+    }
+    if (status == RK_OK) {
+        status = ask(channel, ids, count, &call->until, ret_flags, &why);
+        status = rk_kv_pool_ask_end(call->values->pool, &asked, status, &call->until, &why);
+    }
+    if (status != RK_OK) {
+        why.status = status;
+        error_keep(call, store, &why);
+    }
+    return status;
+}
+
+struct flags_call {
+    bool *flags;
+};
+
+static void exists_at(struct call *call, const struct store *store, const size_t *items,
+                      size_t count, void *context)
+{
+    struct flags_call *all = context;
+    bool flags[RK_TRANSPORT_ITEMS_MAX];
+    enum rk_status status = flags_at(call, store, exists_ask, items, count, flags);
+    for (size_t i = 0; i < count; i++) {
+        bool found = status == RK_OK && flags[i];
+        all->flags[items[i]] = all->flags[items[i]] || found;
+        call->open[items[i]] = !found;
+    }
+}
+
 /* ---- Put ---- */
 
 /* The arrays of one batch that is put. */
@@ -249,10 +343,81 @@ static struct put_batch *put_batch_make(const struct rk_value_put *all, const si
     return batch;
 }
 
-/* The next store may take what this one cannot. */
-static bool elsewhere(enum rk_status status)
+/* A key has one value, so nothing is put where another store may hold it already. Of items that a
+ * store holds which get asks too, that is the answer. What lies where no get looks, since stores
+ * have come, goes: it would be found again when they leave. */
+static void look_at(struct call *call, uint32_t store, size_t count, struct rk_value_put *puts)
 {
-    return status == RK_ERR_UNAVAILABLE || status == RK_ERR_FULL;
+    const struct store *where = &call->set->stores[store];
+    size_t hidden[RK_TRANSPORT_ITEMS_MAX];
+    bool flags[RK_TRANSPORT_ITEMS_MAX];
+    size_t num_hidden = 0;
+    enum rk_status status = flags_at(call, where, exists_ask, call->items, count, flags);
+    for (size_t i = 0; i < count; i++) {
+        size_t item = call->items[i];
+        bool visible = false;
+        for (size_t rank = 0; rank < call->num_ranks[item]; rank++) {
+            visible = visible || call->ranks[item][rank] == store;
+        }
+        if (status == RK_OK && flags[i] && !visible) {
+            hidden[num_hidden++] = item;
+        } else if (status != RK_OK || flags[i]) {
+            puts[item].status = status;
+            puts[item].existed = status == RK_OK;
+            call->open[item] = false;
+        }
+    }
+    if (num_hidden > 0) {
+        status = flags_at(call, where, drop_ask, hidden, num_hidden, flags);
+    }
+    for (size_t i = 0; i < num_hidden && status != RK_OK; i++) {
+        puts[hidden[i]].status = status;
+        call->open[hidden[i]] = false;
+    }
+}
+
+/* At all stores but each key's own, which sees for itself. */
+static void look_around(struct call *call, struct rk_value_put *puts)
+{
+    for (uint32_t store = 0; store < call->set->count && call->set->count > 1; store++) {
+        size_t count = 0;
+        for (size_t i = 0; i < call->count; i++) {
+            if (call->open[i] && call->ranks[i][0] != store) {
+                call->items[count++] = i;
+            }
+            if (count == RK_TRANSPORT_ITEMS_MAX || (i + 1 == call->count && count > 0)) {
+                look_at(call, store, count, puts);
+                count = 0;
+            }
+        }
+    }
+}
+
+/* What is large may have pushed out what the same call put before it. */
+static void look_back(struct call *call, struct rk_value_put *puts, bool *kept)
+{
+    struct flags_call found = {.flags = kept};
+    uint64_t bytes = 0;
+    for (size_t i = 0; i < call->count; i++) {
+        call->open[i] = puts[i].status == RK_OK && !puts[i].existed;
+        bytes += call->open[i] ? puts[i].bytes : 0;
+    }
+    if (bytes < VALUES_LOOK_BACK_BYTES) {
+        return;
+    }
+    memset(kept, 0, call->count * sizeof(*kept));
+    call_run(call, exists_at, &found);
+    for (size_t i = 0; i < call->count; i++) {
+        if (puts[i].status == RK_OK && !puts[i].existed && !kept[i]) {
+            puts[i].status = RK_ERR_FULL;
+            if (call->error && call->error->text[0] == '\0') {
+                (void)rk_error_set(call->error, RK_ERR_FULL,
+                                   "item %zu was evicted by those behind it: the stores hold less "
+                                   "than what is put in one call",
+                                   i);
+            }
+        }
+    }
 }
 
 static void put_at(struct call *call, const struct store *store, const size_t *items, size_t count,
@@ -273,7 +438,9 @@ static void put_at(struct call *call, const struct store *store, const size_t *i
             put->existed = true;
             put->status = RK_OK;
         }
-        call->open[items[i]] = elsewhere(put->status);
+        /* A store that is full takes nothing, so the next one may. One that does not answer may
+         * hold an older value: nobody takes its place before the coordinator does not list it. */
+        call->open[items[i]] = put->status == RK_ERR_FULL;
         if (put->status != RK_OK) {
             why.status = put->status;
             error_keep(call, store, &why);
@@ -301,9 +468,16 @@ enum rk_status rk_values_put(struct rk_values *values, struct rk_value_put *puts
             call_open(&call, i, &put->key);
         }
     }
-    if (status == RK_OK) {
-        call_run(&call, put_at, puts);
+    bool *kept = status == RK_OK ? rk_alloc_zero(num_puts, sizeof(*kept)) : NULL;
+    if (status == RK_OK && !kept) {
+        status = rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for %zu items", num_puts);
     }
+    if (status == RK_OK) {
+        look_around(&call, puts);
+        call_run(&call, put_at, puts);
+        look_back(&call, puts, kept);
+    }
+    rk_free(kept);
     call_end(&call);
     return status;
 }
@@ -533,110 +707,33 @@ void rk_values_release(struct rk_values *values, struct rk_value_views *views)
     *views = (struct rk_value_views){.views = NULL};
 }
 
-/* ---- Exists, drop ---- */
-
-struct flags_call {
-    bool *flags;
-};
-
-typedef enum rk_status (*flags_ask)(struct rk_rpc_channel *channel, ProtobufCBinaryData *ids,
-                                    size_t count, const struct rk_until *until, bool *ret_flags,
-                                    struct rk_error *error);
-
-static enum rk_status exists_ask(struct rk_rpc_channel *channel, ProtobufCBinaryData *ids,
-                                 size_t count, const struct rk_until *until, bool *ret_flags,
-                                 struct rk_error *error)
+enum rk_status rk_values_view_check(const struct rk_values *values,
+                                    const struct rk_value_views *views)
 {
-    Redknot__V1__HasValuesRequest request = REDKNOT__V1__HAS_VALUES_REQUEST__INIT;
-    struct ProtobufCMessage *message = NULL;
-    request.n_ids = count;
-    request.ids = ids;
-    enum rk_status status =
-        rk_rpc_unary_until(channel, "/redknot.v1.KvStore/HasValues", &request.base,
-                           &redknot__v1__has_values_reply__descriptor, until, &message, error);
-    if (status != RK_OK) {
-        return status;
-    }
-    const Redknot__V1__HasValuesReply *reply = (const Redknot__V1__HasValuesReply *)message;
-    for (size_t i = 0; i < count; i++) {
-        ret_flags[i] = i < reply->n_found && reply->found[i];
-    }
-    rk_rpc_message_free(message);
-    return RK_OK;
-}
-
-static enum rk_status drop_ask(struct rk_rpc_channel *channel, ProtobufCBinaryData *ids,
-                               size_t count, const struct rk_until *until, bool *ret_flags,
-                               struct rk_error *error)
-{
-    Redknot__V1__DropValuesRequest request = REDKNOT__V1__DROP_VALUES_REQUEST__INIT;
-    struct ProtobufCMessage *message = NULL;
-    request.n_ids = count;
-    request.ids = ids;
-    enum rk_status status =
-        rk_rpc_unary_until(channel, "/redknot.v1.KvStore/DropValues", &request.base,
-                           &redknot__v1__drop_values_reply__descriptor, until, &message, error);
-    if (status != RK_OK) {
-        return status;
-    }
-    const Redknot__V1__DropValuesReply *reply = (const Redknot__V1__DropValuesReply *)message;
-    for (size_t i = 0; i < count; i++) {
-        ret_flags[i] = i < reply->n_dropped && reply->dropped[i];
-    }
-    rk_rpc_message_free(message);
-    return RK_OK;
-}
-
-/* One question to one store, over gRPC whatever the path of the bytes. */
-static enum rk_status flags_at(struct call *call, const struct store *store, flags_ask ask,
-                               const size_t *items, size_t count, bool *ret_flags)
-{
-    ProtobufCBinaryData ids[RK_TRANSPORT_ITEMS_MAX];
-    struct rk_rpc_channel *channel = NULL;
-    struct rk_error why = {.text = ""};
-    for (size_t i = 0; i < count; i++) {
-        ids[i] = (ProtobufCBinaryData){RK_ID_BYTES, call->ids[items[i]].bytes};
-    }
-    struct rk_kv_ask asked;
-    enum rk_status status =
-        stores_channel(&call->values->stores, store->endpoint.address, &channel, &why);
-    if (status == RK_OK) {
-        status = rk_kv_pool_ask_begin(call->values->pool, &store->endpoint, &asked, &why);
-    }
-    if (status == RK_OK) {
-        status = ask(channel, ids, count, &call->until, ret_flags, &why);
-        status = rk_kv_pool_ask_end(call->values->pool, &asked, status, &call->until, &why);
-    }
-    if (status != RK_OK) {
-        why.status = status;
-        error_keep(call, store, &why);
+    enum rk_status status = rk_is_copy(values->maker) ? RK_MISS_NODE_DOWN : RK_OK;
+    for (const struct held_batch *held = views->hold; held && status == RK_OK; held = held->next) {
+        for (size_t i = 0; i < held->count && status == RK_OK; i++) {
+            if (held->pages[i].status == RK_OK && held->pages[i].pages) {
+                status = rk_kv_pool_check(values->pool, held->connection, &held->pages[i]);
+            }
+        }
     }
     return status;
 }
 
-static void exists_at(struct call *call, const struct store *store, const size_t *items,
-                      size_t count, void *context)
-{
-    struct flags_call *all = context;
-    bool flags[RK_TRANSPORT_ITEMS_MAX];
-    enum rk_status status = flags_at(call, store, exists_ask, items, count, flags);
-    for (size_t i = 0; i < count; i++) {
-        bool found = status == RK_OK && flags[i];
-        all->flags[items[i]] = all->flags[items[i]] || found;
-        call->open[items[i]] = !found;
-    }
-}
+/* ---- Exists, drop ---- */
 
-static enum rk_status keys_open(struct call *call, const struct rk_value_key *keys,
-                                struct rk_error *error)
+/* Keys that are none take no part; *ret_wrong: RK_ERR_INVALID if there are any. */
+static void keys_open(struct call *call, const struct rk_value_key *keys, enum rk_status *ret_wrong)
 {
+    *ret_wrong = RK_OK;
     for (size_t i = 0; i < call->count; i++) {
-        if (!key_good(&keys[i])) {
-            return key_wrong(error, i, &keys[i]);
+        if (key_good(&keys[i])) {
+            call_open(call, i, &keys[i]);
+        } else {
+            *ret_wrong = key_wrong(*ret_wrong == RK_OK ? call->error : NULL, i, &keys[i]);
         }
-        call_open(call, i, &keys[i]);
     }
-    return RK_OK;
 }
 
 enum rk_status rk_values_exists(struct rk_values *values, const struct rk_value_key *keys,
@@ -647,34 +744,41 @@ enum rk_status rk_values_exists(struct rk_values *values, const struct rk_value_
     struct flags_call all = {.flags = ret_exists};
     enum rk_status status = call_begin(&call, values, num_keys, timeout_ms, error);
     if (status == RK_OK) {
-        status = keys_open(&call, keys, error);
-    }
-    if (status == RK_OK) {
         memset(ret_exists, 0, num_keys * sizeof(*ret_exists));
+        keys_open(&call, keys, &status);
         call_run(&call, exists_at, &all);
     }
     call_end(&call);
     return status;
 }
 
-/* At every store, whosever the keys are: one may hold what it took in for another. */
+static size_t drop_batch(struct call *call, uint32_t store, size_t count, bool *dropped)
+{
+    bool flags[RK_TRANSPORT_ITEMS_MAX];
+    if (flags_at(call, &call->set->stores[store], drop_ask, call->items, count, flags) != RK_OK) {
+        return 1;
+    }
+    for (size_t i = 0; i < count; i++) {
+        size_t item = call->items[i];
+        dropped[item] = dropped[item] || flags[i];
+    }
+    return 0;
+}
+
+/* At every store, whosever the keys are: one may hold what it took in for another. Returns how many
+ * questions were not answered. */
 static size_t drop_everywhere(struct call *call, bool *dropped)
 {
     size_t silent = 0;
     for (uint32_t store = 0; store < call->set->count; store++) {
-        for (size_t begin = 0; begin < call->count; begin += RK_TRANSPORT_ITEMS_MAX) {
-            bool flags[RK_TRANSPORT_ITEMS_MAX];
-            size_t count = 0;
-            for (; count < RK_TRANSPORT_ITEMS_MAX && begin + count < call->count; count++) {
-                call->items[count] = begin + count;
+        size_t count = 0;
+        for (size_t i = 0; i < call->count; i++) {
+            if (call->open[i]) {
+                call->items[count++] = i;
             }
-            if (flags_at(call, &call->set->stores[store], drop_ask, call->items, count, flags) !=
-                RK_OK) {
-                silent++;
-                continue;
-            }
-            for (size_t i = 0; i < count; i++) {
-                dropped[begin + i] = dropped[begin + i] || flags[i];
+            if (count == RK_TRANSPORT_ITEMS_MAX || (i + 1 == call->count && count > 0)) {
+                silent += drop_batch(call, store, count, dropped);
+                count = 0;
             }
         }
     }
@@ -688,10 +792,8 @@ enum rk_status rk_values_drop(struct rk_values *values, const struct rk_value_ke
     struct call call;
     enum rk_status status = call_begin(&call, values, num_keys, timeout_ms, error);
     if (status == RK_OK) {
-        status = keys_open(&call, keys, error);
-    }
-    if (status == RK_OK) {
         memset(ret_dropped, 0, num_keys * sizeof(*ret_dropped));
+        keys_open(&call, keys, &status);
         if (drop_everywhere(&call, ret_dropped) > 0) {
             status = RK_ERR_UNAVAILABLE;
         }

@@ -6,9 +6,13 @@
  * putting what is there already is a success and leaves it as it is; to store
  * something else, drop it first. A key belongs to the store that rendezvous
  * hashing gives it, so finding it costs no question to the coordinator, and a
- * put or a get costs one round trip to that store for a whole batch. When the
- * store is down or full the next one takes its place, and readers look there
- * too. What is read was verified against the checksums that its writer made.
+ * get costs one round trip to that store for a whole batch; a put also asks the
+ * other stores whether they hold the key. When the store is full the next one
+ * takes its place, and readers look there too; one that does not answer is
+ * replaced when the coordinator takes it off its list, some 2 s later, and gives
+ * up its values before it is back. So no get answers a value that is older than
+ * a drop or a put that went well before. What is read was verified against the
+ * checksums that its writer made.
  *
  * Blocking calls, and the same as operations: submit_* returns at once, the
  * work is done by threads of the library, and completions are taken with
@@ -66,6 +70,7 @@ struct rk_value_put {
     enum rk_status status; /* out */
     bool existed;          /* out: it was there already */
 };
+/* An item that did not stay, for those behind it needed its room, is RK_ERR_FULL. */
 RK_MUST_CHECK RK_VALUES_API enum rk_status rk_values_put(struct rk_values *values,
                                                          struct rk_value_put *puts, size_t num_puts,
                                                          int timeout_ms, struct rk_error *error);
@@ -105,9 +110,15 @@ RK_MUST_CHECK RK_VALUES_API enum rk_status rk_values_view(struct rk_values *valu
                                                           size_t num_keys, int timeout_ms,
                                                           struct rk_value_views *ret_views,
                                                           struct rk_error *error);
+/* Whether all that was read of the views until now was what was put: RK_OK. RK_MISS_EVICTED,
+ * RK_MISS_NODE_DOWN: some of it may not be, since the store gave the memory away or is gone; what
+ * was made of it must not be used. Cheap; call it after the last use, before the result counts. */
+RK_MUST_CHECK RK_VALUES_API enum rk_status rk_values_view_check(const struct rk_values *values,
+                                                                const struct rk_value_views *views);
 RK_VALUES_API void rk_values_release(struct rk_values *values, struct rk_value_views *views);
 
-/* Does not make a value younger. A store that does not answer counts as not having it. */
+/* Does not make a value younger. A store that does not answer counts as not having it. A key that
+ * is none is RK_ERR_INVALID, after all others were answered; so with drop. */
 RK_MUST_CHECK RK_VALUES_API enum rk_status rk_values_exists(struct rk_values *values,
                                                             const struct rk_value_key *keys,
                                                             size_t num_keys, int timeout_ms,
@@ -144,7 +155,7 @@ RK_MUST_CHECK RK_VALUES_API enum rk_status rk_values_submit_drop(
 struct rk_value_completion {
     uint64_t operation;
     enum rk_status status; /* as of the blocking call */
-    char text[256];        /* of the error; "" with RK_OK */
+    char text[256];        /* of the call's error, else of the first item that failed; or "" */
 };
 /* Readable while there are completions to drain. Belongs to values. */
 RK_VALUES_API int rk_values_event_fd(const struct rk_values *values);

@@ -13,12 +13,15 @@
 
 #include <stdatomic.h>
 
-#define VALUES_TIMEOUT_MS        5000
-#define VALUES_THREADS           4
-#define VALUES_THREADS_MAX       64
-#define VALUES_OPERATIONS_MAX    1024
-#define VALUES_ITEMS_MAX         65536 /* of one call */
-#define VALUES_STORES_AGE_MS     1000  /* the list of stores is asked for so often */
+#define VALUES_TIMEOUT_MS     5000
+#define VALUES_THREADS        4
+#define VALUES_THREADS_MAX    64
+#define VALUES_OPERATIONS_MAX 1024
+#define VALUES_ITEMS_MAX      65536 /* of one call */
+#define VALUES_LOOK_BACK_BYTES                                                                     \
+    (8u << 20)                        /* a call that puts more sees whether all of it stayed       \
+                                       */
+#define VALUES_STORES_AGE_MS     1000 /* the list of stores is asked for so often */
 #define VALUES_STORES_TIMEOUT_MS 1000
 #define VALUES_STORES_IDLE_MS    5000 /* not asked for so long: the next call waits for it, */
 #define VALUES_STORES_WAIT_MS    200  /* at most so long */

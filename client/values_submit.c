@@ -99,7 +99,7 @@ static void operation_run(struct rk_values *values, struct operation *operation)
                            operation->timeout_ms, operation->what.keys.flags, &error);
         break;
     }
-    size_t length = operation->status == RK_OK ? 0 : strnlen(error.text, sizeof(error.text));
+    size_t length = strnlen(error.text, sizeof(error.text)); /* Also of an item that failed. */
     length = length < sizeof(operation->text) ? length : sizeof(operation->text) - 1;
     memcpy(operation->text, error.text, length);
     operation->text[length] = '\0';

@@ -57,6 +57,7 @@ struct coordinator_prober {
 struct coordinator {
     struct coordinator_options options;
     uint64_t epoch;
+    uint64_t values_marks; /* made so far; under index_lock */
     int64_t started_ns;
 
     pthread_mutex_t write_lock;
@@ -209,5 +210,10 @@ Redknot__V1__Shard *coordinator_shard_message(struct arena *arena,
 /* One endpoint per node, from the arena. Under index_lock. */
 Redknot__V1__StoreEndpoint *coordinator_endpoint_message(struct arena *arena,
                                                          const struct index_node *node);
+
+/* Under index_lock. What a heartbeat tells a store whose values are out of date: a mark to say when
+ * it has given them up; 0: nothing. said: by the heartbeat. */
+uint64_t coordinator_values_mark(struct coordinator *coordinator, struct index_node *node,
+                                 uint64_t said);
 
 #endif

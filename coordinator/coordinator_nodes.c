@@ -105,10 +105,16 @@ enum rk_status coordinator_register(struct coordinator *coordinator, struct aren
     }
     if (status == RK_OK) {
         (void)pthread_mutex_lock(&coordinator->index_lock);
+        node = index_node_find(coordinator->index, info->node_id);
+        bool same = node != NULL && node->info->incarnation == info->incarnation;
         status = index_node_register(coordinator->index, info, rk_clock_ns(), &node);
         mark = index_changes(coordinator->index);
         if (status == RK_OK) {
             node->unsaved = !saved;
+        }
+        if (status == RK_OK && !same) { /* Its values are of a time that we know nothing of. */
+            node->values_old = ((const Redknot__V1__RegisterRequest *)request)->holds_values;
+            node->values_mark = 0;
         }
         (void)pthread_mutex_unlock(&coordinator->index_lock);
         if (status != RK_OK) {
@@ -191,6 +197,7 @@ enum rk_status coordinator_heartbeat(struct coordinator *coordinator, struct are
                                      ? request->used_bytes
                                      : node->info->capacity_bytes;
         changed = apply_removed(coordinator, node, request);
+        reply->values_mark = coordinator_values_mark(coordinator, node, request->values_mark);
     }
     (void)pthread_mutex_unlock(&coordinator->index_lock);
     if (changed) {

@@ -1,4 +1,11 @@
-/* ListStores: the stores that may be placed on now, and those that may not. */
+/*
+ * ListStores: the stores that may be placed on now, and those that may not.
+ *
+ * A value has no entry here: its key says on which of the listed stores it is. So whoever is left
+ * out of a list that a client went on with misses what is dropped and put meanwhile, and its values
+ * may be older than theirs. It is not listed again before it has given them up. A list without any
+ * store lets nobody go on.
+ */
 #include "common/base/clock.h"
 #include "coordinator/coordinator_internal.h"
 #include "coordinator/placement.h"
@@ -45,6 +52,40 @@ static Redknot__V1__ListStoresReply__Absent *absent_message(const struct coordin
     return absent->endpoint == NULL ? NULL : absent;
 }
 
+uint64_t coordinator_values_mark(struct coordinator *coordinator, struct index_node *node,
+                                 uint64_t said)
+{
+    if (!node->values_old) {
+        return 0;
+    }
+    if (node->values_mark != 0 && said == node->values_mark) {
+        node->values_old = false;
+        return 0;
+    }
+    if (node->values_mark == 0) { /* Never the same twice, also after a restart of ours. */
+        node->values_mark = coordinator->epoch + ++coordinator->values_marks;
+    }
+    return node->values_mark;
+}
+
+static bool listed(struct coordinator *coordinator, const struct index_node *node, int64_t now_ns)
+{
+    return !node->values_old && index_node_usable(coordinator->index, node, now_ns);
+}
+
+/* Under index_lock: those left out of a list are out of date from now on. */
+static void mark_left_out(struct coordinator *coordinator, int64_t now_ns)
+{
+    for (struct index_node *node = index_nodes(coordinator->index); node != NULL;
+         node = node->hh.next) {
+        if (node->info->role == REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE && !node->values_old &&
+            !listed(coordinator, node, now_ns)) {
+            node->values_old = true;
+            node->values_mark = 0;
+        }
+    }
+}
+
 /* Under index_lock. */
 static enum rk_status fill_stores(struct coordinator *coordinator, struct arena *arena,
                                   Redknot__V1__ListStoresReply *reply)
@@ -64,7 +105,7 @@ static enum rk_status fill_stores(struct coordinator *coordinator, struct arena 
         if (node->info->role != REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE) {
             continue;
         }
-        if (!index_node_usable(coordinator->index, node, now_ns)) {
+        if (!listed(coordinator, node, now_ns)) {
             reply->absent[reply->n_absent] = absent_message(coordinator, arena, node, now_ns);
             if (reply->absent[reply->n_absent++] == NULL) {
                 return RK_ERR_NO_MEMORY;
@@ -76,6 +117,9 @@ static enum rk_status fill_stores(struct coordinator *coordinator, struct arena 
         if (reply->stores[reply->n_stores++] == NULL) {
             return RK_ERR_NO_MEMORY;
         }
+    }
+    if (reply->n_stores > 0) {
+        mark_left_out(coordinator, now_ns);
     }
     return RK_OK;
 }

@@ -51,6 +51,8 @@ struct index_node {
     bool was_alive;              /* for the log: changes are told once */
     uint64_t replaced;           /* the incarnation before this one; 0: none that we know of */
     uint64_t refused;            /* the last one that came while this one lives: told once */
+    bool values_old;             /* of a store: clients went on without it (coordinator_stores.c) */
+    uint64_t values_mark;        /* to be said when it has given them up; 0: none made yet */
     struct liveness liveness;    /* of stores */
     uint64_t visit;              /* scratch of whoever walks over nodes */
     uint64_t num_locations;

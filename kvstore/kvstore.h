@@ -216,6 +216,9 @@ uint64_t kvstore_scrub(struct kvstore *store, uint64_t bytes_max);
  */
 size_t kvstore_removed_take(struct kvstore *store, struct kvstore_name *ret_names, size_t names_max,
                             bool *ret_lost);
+/* Gives up all values, also those being written: they may be older than what other stores hold.
+ * Readers keep what they pinned. Returns how many were committed. */
+uint64_t kvstore_values_forget(struct kvstore *store);
 /* Names of committed shards, not of values, for a walk that pins each in turn. Caller frees with
  * rk_free. */
 RK_MUST_CHECK enum rk_status kvstore_list(struct kvstore *store, struct kvstore_name **ret_names,

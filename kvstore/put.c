@@ -554,6 +554,28 @@ enum rk_status kvstore_drop(struct kvstore *store, const struct kvstore_name *na
     return status;
 }
 
+uint64_t kvstore_values_forget(struct kvstore *store)
+{
+    uint64_t forgotten = 0;
+    kvstore_lock(store);
+    for (struct kvstore_shard *shard = store->staged.head, *next = NULL; shard; shard = next) {
+        next = shard->all.next;
+        if (shard->header.kind == KVSTORE_VALUE) {
+            kvstore_shard_remove(store, shard);
+        }
+    }
+    for (struct kvstore_shard *shard = store->committed.head, *next = NULL; shard; shard = next) {
+        next = shard->all.next;
+        if (shard->header.kind == KVSTORE_VALUE) {
+            kvstore_removed_note(store, shard);
+            kvstore_shard_remove(store, shard);
+            forgotten++;
+        }
+    }
+    kvstore_unlock(store);
+    return forgotten;
+}
+
 uint32_t kvstore_collect(struct kvstore *store, int64_t now_ns)
 {
     uint32_t collected = 0;

@@ -57,7 +57,8 @@ struct registrar {
     enum registrar_state state;
     pthread_t announcer;
     uint64_t epoch;
-    uint64_t mark; /* of the coordinator, from before our shards are listed */
+    uint64_t mark;        /* of the coordinator, from before our shards are listed */
+    uint64_t values_mark; /* the coordinator's last, for which values were given up */
     int heartbeat_ms;
     int reachable; /* as last logged: -1 nothing yet, 0, 1 */
     int failures;  /* in a row */
@@ -91,6 +92,7 @@ static enum rk_status register_node(struct registrar *registrar, struct rk_error
     node.version = (char *)REDKNOT_VERSION;
     node.metrics_address = (char *)options->metrics_address;
     request.node = &node;
+    request.holds_values = stats.num_values > 0;
     request.cluster_id = (char *)rk_service_cluster();
     enum rk_status status =
         rk_rpc_unary(registrar->channel, "/redknot.v1.Coordinator/RegisterNode", &request.base,
@@ -333,6 +335,17 @@ static void removed_take(struct registrar *registrar)
     }
 }
 
+/* Clients went on without us: what we hold may be older than what they put or dropped since. */
+static void values_forget(struct registrar *registrar, uint64_t mark)
+{
+    if (mark != 0 && mark != registrar->values_mark) {
+        uint64_t forgotten = kvstore_values_forget(registrar->options.store);
+        registrar->values_mark = mark;
+        RK_LOG_INFO("values_forgotten", "count=%llu reason=%q", (unsigned long long)forgotten,
+                    "clients were told to go on without this store");
+    }
+}
+
 /* count: of what is pending, told with it. */
 static enum rk_status heartbeat_call(struct registrar *registrar, size_t count,
                                      bool *ret_register_again, struct rk_error *error)
@@ -357,6 +370,7 @@ static enum rk_status heartbeat_call(struct registrar *registrar, size_t count,
         request.node_id = (char *)registrar->options.node_id;
         request.incarnation = registrar->options.incarnation;
         request.used_bytes = stats.used_bytes;
+        request.values_mark = registrar->values_mark;
         request.n_removed = count;
         request.removed = pointers;
         status = rk_rpc_unary(registrar->channel, "/redknot.v1.Coordinator/Heartbeat",
@@ -367,6 +381,7 @@ static enum rk_status heartbeat_call(struct registrar *registrar, size_t count,
         const Redknot__V1__HeartbeatReply *reply = (const Redknot__V1__HeartbeatReply *)message;
         *ret_register_again = reply->register_again || reply->epoch != registrar->epoch;
         registrar->heard_ns = rk_clock_ns();
+        values_forget(registrar, reply->values_mark);
         if (count > 0) {
             registrar->num_pending -= count;
             memmove(registrar->pending, registrar->pending + count,

@@ -58,7 +58,7 @@ static void pages_that_are_held_are_checked_where_they_are(void **state)
     (void)state;
     static const char *const stores[] = {"a:1"};
     static const enum rk_status guards[] = {RK_OK, RK_MISS_EVICTED, RK_OK, RK_MISS_NODE_DOWN};
-    struct rk_kv_client client = {.pool = fake_pool()};
+    struct rk_kv_client client = {.pool = fake_pool(), .maker = getpid()};
     struct rk_kv_location location = location_of(stores, 1);
     struct rk_until until = {.deadline_ns = rk_deadline_in_ms(1000)};
     struct rk_kv_pages pages;
@@ -79,7 +79,7 @@ static void a_request_pays_one_deadline_for_all_its_segments(void **state)
 {
     (void)state;
     static const char *const stores[] = {"a:1"};
-    struct rk_kv_client client = {.pool = fake_pool()};
+    struct rk_kv_client client = {.pool = fake_pool(), .maker = getpid()};
     struct rk_kv_location location = location_of(stores, 1);
     struct rk_until until = {.deadline_ns = rk_deadline_in_ms(1000)};
     assert_int_equal(read_one(&client, &location, &until), RK_OK);
@@ -105,7 +105,7 @@ static void a_replica_serves_when_the_first_store_is_down(void **state)
 {
     (void)state;
     static const char *const stores[] = {"a:1", "b:1"};
-    struct rk_kv_client client = {.pool = fake_pool()};
+    struct rk_kv_client client = {.pool = fake_pool(), .maker = getpid()};
     struct rk_kv_location location = location_of(stores, 2);
     struct rk_until until = {.deadline_ns = rk_deadline_in_ms(1000)};
     fake.down_address = "a:1";
@@ -131,7 +131,7 @@ static void a_cancellation_is_no_miss(void **state)
 {
     (void)state;
     static const char *const stores[] = {"a:1", "b:1"};
-    struct rk_kv_client client = {.pool = fake_pool()};
+    struct rk_kv_client client = {.pool = fake_pool(), .maker = getpid()};
     struct rk_kv_location location = location_of(stores, 2);
     struct rk_until until = {.deadline_ns = rk_deadline_in_ms(60000), .cancelled = always};
     fake.mood = FAKE_SILENT;

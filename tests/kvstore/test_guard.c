@@ -299,7 +299,7 @@ static void seals_end_with_the_room(void **state)
     struct fixture *fixture = *state;
     unsigned key = 5;
     const struct rk_id id = rk_id_value(&key, sizeof(key));
-    const struct kvstore_name name = {.segment_id = id};
+    const struct kvstore_name name = {.kind = KVSTORE_VALUE, .segment_id = id};
     const struct kvstore_shard *shard = NULL;
     const uint8_t *arena = kvstore_arena(fixture->store);
     const volatile uint64_t *seals =
