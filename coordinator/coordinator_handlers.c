@@ -44,18 +44,24 @@ static enum rk_status unary(struct rk_rpc_call *call, void *context, enum method
 }
 
 /* X(METHOD, name in C, name on the wire) */
-#define UNARY_LIST(X)                                                                              \
-    X(REGISTER, register, "RegisterNode")                                                          \
-    X(HEARTBEAT, heartbeat, "Heartbeat")                                                           \
-    X(PLACE, place, "Place")                                                                       \
-    X(COMMIT, commit, "Commit")                                                                    \
-    X(ABORT, abort, "Abort")                                                                       \
-    X(LOCATE, locate, "Locate")                                                                    \
-    X(DROP, drop, "Drop")                                                                          \
-    X(STATUS, status, "Status")                                                                    \
-    X(LIST_STORES, list_stores, "ListStores")
+/* What a request may have on the wire: names and numbers; 4,096 ids or shards; the token ids of a
+ * segment, or of an announcement's message, as varints. */
+#define SMALL_BYTES  (64u << 10)
+#define LIST_BYTES   (1u << 20)
+#define TOKENS_BYTES (24u << 20)
 
-#define UNARY_HANDLER(METHOD, name, word)                                                          \
+#define UNARY_LIST(X)                                                                              \
+    X(REGISTER, register, "RegisterNode", SMALL_BYTES)                                             \
+    X(HEARTBEAT, heartbeat, "Heartbeat", LIST_BYTES)                                               \
+    X(PLACE, place, "Place", TOKENS_BYTES)                                                         \
+    X(COMMIT, commit, "Commit", SMALL_BYTES)                                                       \
+    X(ABORT, abort, "Abort", SMALL_BYTES)                                                          \
+    X(LOCATE, locate, "Locate", LIST_BYTES)                                                        \
+    X(DROP, drop, "Drop", LIST_BYTES)                                                              \
+    X(STATUS, status, "Status", SMALL_BYTES)                                                       \
+    X(LIST_STORES, list_stores, "ListStores", SMALL_BYTES)
+
+#define UNARY_HANDLER(METHOD, name, word, bytes_max)                                               \
     static enum rk_status name##_handler(struct rk_rpc_call *call, void *context,                  \
                                          struct rk_error *error)                                   \
     {                                                                                              \
@@ -82,15 +88,19 @@ enum rk_status coordinator_add_service(struct coordinator *coordinator)
         const char *labels;
         struct rk_rpc_method rpc;
     } rows[] = {
-#define UNARY_ROW(METHOD, name, word)                                                              \
+#define UNARY_ROW(METHOD, name, word, bytes_max)                                                   \
     {METHOD_##METHOD,                                                                              \
      "method=\"" word "\"",                                                                        \
-     {.path = "/redknot.v1.Coordinator/" word, .handler = name##_handler}},
+     {.path = "/redknot.v1.Coordinator/" word,                                                     \
+      .handler = name##_handler,                                                                   \
+      .request_bytes_max = bytes_max}},
         UNARY_LIST(UNARY_ROW)
 #undef UNARY_ROW
             {METHOD_ANNOUNCE,
              "method=\"Announce\"",
-             {.path = "/redknot.v1.Coordinator/Announce", .handler = announce_handler}},
+             {.path = "/redknot.v1.Coordinator/Announce",
+              .handler = announce_handler,
+              .request_bytes_max = TOKENS_BYTES}},
     };
     struct rk_rpc_method methods[METHOD_COUNT];
 

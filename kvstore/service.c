@@ -19,6 +19,8 @@
 #define STATUS_CURSOR_BYTES (RK_ID_BYTES + 4)
 #define DROPS_MAX           4096u      /* beside the first, in one call */
 #define GET_BYTES_MAX       (2u << 20) /* all extents and items that a get may have fit into it */
+#define SMALL_BYTES_MAX     (64u << 10)
+#define LIST_BYTES_MAX      (1u << 20) /* 4,096 names */
 
 /* ---- Put ---- */
 
@@ -875,13 +877,25 @@ const struct rk_transport_store_ops kvstore_service_store_ops = {.pin = path_pin
 
 static const struct rk_rpc_method methods[] = {
     {.path = "/redknot.v1.KvStore/Put", .handler = handle_put},
-    {.path = "/redknot.v1.KvStore/CommitShard", .handler = handle_commit_shard},
-    {.path = "/redknot.v1.KvStore/AbortShard", .handler = handle_abort_shard},
-    {.path = "/redknot.v1.KvStore/DropShard", .handler = handle_drop_shard},
+    {.path = "/redknot.v1.KvStore/CommitShard",
+     .handler = handle_commit_shard,
+     .request_bytes_max = SMALL_BYTES_MAX},
+    {.path = "/redknot.v1.KvStore/AbortShard",
+     .handler = handle_abort_shard,
+     .request_bytes_max = SMALL_BYTES_MAX},
+    {.path = "/redknot.v1.KvStore/DropShard",
+     .handler = handle_drop_shard,
+     .request_bytes_max = LIST_BYTES_MAX},
     {.path = "/redknot.v1.KvStore/Get", .handler = handle_get, .request_bytes_max = GET_BYTES_MAX},
-    {.path = "/redknot.v1.KvStore/HasValues", .handler = handle_has_values},
-    {.path = "/redknot.v1.KvStore/DropValues", .handler = handle_drop_values},
-    {.path = "/redknot.v1.KvStore/StoreStatus", .handler = handle_store_status},
+    {.path = "/redknot.v1.KvStore/HasValues",
+     .handler = handle_has_values,
+     .request_bytes_max = LIST_BYTES_MAX},
+    {.path = "/redknot.v1.KvStore/DropValues",
+     .handler = handle_drop_values,
+     .request_bytes_max = LIST_BYTES_MAX},
+    {.path = "/redknot.v1.KvStore/StoreStatus",
+     .handler = handle_store_status,
+     .request_bytes_max = SMALL_BYTES_MAX},
 };
 
 enum rk_status kvstore_service_attach(struct kvstore_service *service, struct rk_rpc_server *server)

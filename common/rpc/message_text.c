@@ -1,7 +1,10 @@
 /*
- * Is every string of a message text? protobuf-c keeps strings as C strings and forgets their
- * lengths, so what follows a NUL would be dropped without a word. This walks the packed bytes by
- * the message's descriptor instead, before they are unpacked.
+ * Is every string of a message text, and what will the message take once it is unpacked? protobuf-c
+ * keeps strings as C strings and forgets their lengths, so what follows a NUL would be dropped
+ * without a word. This walks the packed bytes by the message's descriptor instead, before they are
+ * unpacked. It also makes structures of what takes two bytes on the wire, an empty message in a
+ * list, and keeps a note of each field while it reads: 60 MiB can become 4 GiB. What that will come
+ * to is added up on the way, and refused in time.
  */
 #include "common/base/text.h"
 #include "common/rpc/rpc_internal.h"
@@ -10,6 +13,22 @@
 #include <string.h>
 
 #define NESTING_MAX 64
+
+/* protobuf-c 1.4, with malloc's own: a note for each field while its message is read, in blocks
+ * that double; a field it does not know is kept. */
+#define NOTE_BYTES    64
+#define BLOCK_BYTES   16
+#define UNKNOWN_BYTES 48
+
+/* Of what a legal message unpacks to: much data takes what it is, small things are few. */
+#define MEMORY_BASE   ((size_t)32 << 20)
+#define MEMORY_FACTOR 2
+
+struct walk {
+    size_t memory;
+    size_t memory_max;
+    struct rk_error *error;
+};
 
 /* What is left of a message. */
 struct wire {
@@ -66,22 +85,86 @@ static enum rk_status check_string(const ProtobufCMessageDescriptor *type,
 }
 
 static enum rk_status check_message(const ProtobufCMessageDescriptor *type, struct wire wire,
-                                    unsigned nesting, struct rk_error *error);
+                                    unsigned nesting, struct walk *walk);
 
-/* A field of bytes: a string, a message, or what needs no look. */
-static enum rk_status check_bytes(const ProtobufCMessageDescriptor *type, uint64_t tag,
-                                  struct wire bytes, unsigned nesting, struct rk_error *error)
+/* Bytes of one element of a list of numbers. */
+static size_t number_bytes(ProtobufCType type)
 {
+    switch (type) {
+    case PROTOBUF_C_TYPE_INT64:
+    case PROTOBUF_C_TYPE_SINT64:
+    case PROTOBUF_C_TYPE_SFIXED64:
+    case PROTOBUF_C_TYPE_UINT64:
+    case PROTOBUF_C_TYPE_FIXED64:
+    case PROTOBUF_C_TYPE_DOUBLE:
+        return 8;
+    default:
+        return 4;
+    }
+}
+
+/* Of a list of numbers in one field; at the wire's shortest each is a byte. */
+static size_t packed_bytes(ProtobufCType type, size_t wire_bytes)
+{
+    switch (type) {
+    case PROTOBUF_C_TYPE_SFIXED32:
+    case PROTOBUF_C_TYPE_FIXED32:
+    case PROTOBUF_C_TYPE_FLOAT:
+    case PROTOBUF_C_TYPE_SFIXED64:
+    case PROTOBUF_C_TYPE_FIXED64:
+    case PROTOBUF_C_TYPE_DOUBLE:
+        return wire_bytes;
+    default:
+        return wire_bytes * number_bytes(type);
+    }
+}
+
+static size_t field_bytes(const ProtobufCFieldDescriptor *field, bool delimited, size_t wire_bytes)
+{
+    if (!field) {
+        return NOTE_BYTES + UNKNOWN_BYTES + BLOCK_BYTES + wire_bytes;
+    }
+    switch (field->type) {
+    case PROTOBUF_C_TYPE_MESSAGE:
+        return NOTE_BYTES + BLOCK_BYTES + sizeof(void *) +
+               ((const ProtobufCMessageDescriptor *)field->descriptor)->sizeof_message;
+    case PROTOBUF_C_TYPE_STRING:
+    case PROTOBUF_C_TYPE_BYTES:
+        return NOTE_BYTES + BLOCK_BYTES + sizeof(ProtobufCBinaryData) + wire_bytes;
+    default:
+        return NOTE_BYTES +
+               (delimited ? packed_bytes(field->type, wire_bytes) : number_bytes(field->type));
+    }
+}
+
+static enum rk_status too_much(const ProtobufCMessageDescriptor *type, const struct walk *walk)
+{
+    return rk_error_set(walk->error, RK_ERR_TOO_LONG,
+                        "the message holds so much, in fields of %s, that it would take more than "
+                        "%zu MiB; send less at once",
+                        type->short_name, walk->memory_max >> 20);
+}
+
+/* One field, whose bytes (of a number: none) follow. */
+static enum rk_status check_field(const ProtobufCMessageDescriptor *type, uint64_t key,
+                                  struct wire bytes, unsigned nesting, struct walk *walk)
+{
+    uint64_t tag = key >> 3;
+    bool delimited = (key & 7) == 2;
     const ProtobufCFieldDescriptor *field =
         tag <= UINT32_MAX ? protobuf_c_message_descriptor_get_field(type, (unsigned)tag) : NULL;
-    if (!field) {
+    walk->memory += field_bytes(field, delimited, bytes.left);
+    if (walk->memory > walk->memory_max) {
+        return too_much(type, walk);
+    }
+    if (!field || !delimited) {
         return RK_OK;
     }
     if (field->type == PROTOBUF_C_TYPE_STRING) {
-        return check_string(type, field, bytes.at, bytes.left, error);
+        return check_string(type, field, bytes.at, bytes.left, walk->error);
     }
     return field->type == PROTOBUF_C_TYPE_MESSAGE
-               ? check_message(field->descriptor, bytes, nesting + 1, error)
+               ? check_message(field->descriptor, bytes, nesting + 1, walk)
                : RK_OK;
 }
 
@@ -91,15 +174,15 @@ static enum rk_status malformed(const ProtobufCMessageDescriptor *type, struct r
 }
 
 static enum rk_status check_message(const ProtobufCMessageDescriptor *type, struct wire wire,
-                                    unsigned nesting, struct rk_error *error)
+                                    unsigned nesting, struct walk *walk)
 {
     if (nesting > NESTING_MAX) {
-        return malformed(type, error);
+        return malformed(type, walk->error);
     }
     while (wire.left > 0) {
         uint64_t key = 0;
         uint64_t bytes = 0;
-        enum rk_status status = RK_OK;
+        struct wire inner = {.at = NULL, .left = 0};
         bool sound = wire_varint(&wire, &key);
         switch (key & 7) {
         case 0:
@@ -108,23 +191,25 @@ static enum rk_status check_message(const ProtobufCMessageDescriptor *type, stru
         case 1:
             sound = sound && wire_skip(&wire, 8);
             break;
-        case 2: {
+        case 2:
             sound = sound && wire_varint(&wire, &bytes) && bytes <= wire.left;
             if (sound) {
-                struct wire inner = {.at = wire.at, .left = (size_t)bytes};
-                status = check_bytes(type, key >> 3, inner, nesting, error);
+                inner = (struct wire){.at = wire.at, .left = (size_t)bytes};
                 (void)wire_skip(&wire, bytes);
             }
             break;
-        }
         case 5:
             sound = sound && wire_skip(&wire, 4);
             break;
         default: /* Groups are not of proto3. */
             sound = false;
         }
-        if (!sound || status != RK_OK) {
-            return sound ? status : malformed(type, error);
+        if (!sound) {
+            return malformed(type, walk->error);
+        }
+        enum rk_status status = check_field(type, key, inner, nesting, walk);
+        if (status != RK_OK) {
+            return status;
         }
     }
     return RK_OK;
@@ -134,5 +219,8 @@ enum rk_status rk_rpc_message_check_text(const void *data, size_t bytes,
                                          const struct ProtobufCMessageDescriptor *type,
                                          struct rk_error *error)
 {
-    return check_message(type, (struct wire){.at = data, .left = bytes}, 0, error);
+    struct walk walk = {.memory = type->sizeof_message,
+                        .memory_max = MEMORY_BASE + MEMORY_FACTOR * bytes,
+                        .error = error};
+    return check_message(type, (struct wire){.at = data, .left = bytes}, 0, &walk);
 }

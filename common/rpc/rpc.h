@@ -178,7 +178,9 @@ RK_MUST_CHECK enum rk_status rk_rpc_message_unpack(const void *data, size_t byte
 void rk_rpc_message_free(struct ProtobufCMessage *message); /* accepts NULL */
 /* RK_ERR_INVALID, and a sentence, when a string of the message, or of one inside it, is not UTF-8
  * or holds a NUL: unpacked it would be cut there. rk_rpc_call_recv does this for every request;
- * for bytes that came another way it is done before rk_rpc_message_unpack. */
+ * for bytes that came another way it is done before rk_rpc_message_unpack. RK_ERR_TOO_LONG:
+ * unpacked it would take more than 32 MiB and twice its bytes, as a list of millions of empty
+ * messages. */
 RK_MUST_CHECK enum rk_status rk_rpc_message_check_text(
     const void *data, size_t bytes, const struct ProtobufCMessageDescriptor *type,
     struct rk_error *error);

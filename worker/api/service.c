@@ -867,8 +867,12 @@ static const struct rk_rpc_method methods[] = {
     {.path = "/redknot.v1.Worker/PutSegment", .handler = handle_put},
     {.path = "/redknot.v1.Worker/Generate", .handler = handle_generate},
     {.path = "/redknot.v1.Worker/Score", .handler = handle_score},
-    {.path = "/redknot.v1.Worker/Tokenize", .handler = handle_tokenize},
-    {.path = "/redknot.v1.Worker/WorkerStatus", .handler = handle_status},
+    {.path = "/redknot.v1.Worker/Tokenize",
+     .handler = handle_tokenize,
+     .request_bytes_max = TEXT_BYTES_MAX + LABEL_BYTES_MAX},
+    {.path = "/redknot.v1.Worker/WorkerStatus",
+     .handler = handle_status,
+     .request_bytes_max = LABEL_BYTES_MAX},
 };
 
 enum rk_status api_add_to_server(struct api *api, struct rk_rpc_server *server)

@@ -1,8 +1,10 @@
 /*
  * Goal:   a string that protobuf-c would cut at a NUL, or that is not UTF-8, is refused with a
- *         sentence, in every message and at every depth; everything else passes.
+ *         sentence, in every message and at every depth, and so is what would unpack to gigabytes;
+ *         everything else passes.
  * Method: messages packed by hand, given to the check alone and to a server's handler.
  */
+#include "redknot/v1/coordinator.pb-c.h"
 #include "redknot/v1/kvstore.pb-c.h"
 #include "redknot/v1/worker.pb-c.h"
 #include "tests/common/rpc/echo_service.h"
@@ -159,6 +161,76 @@ static void a_call_with_a_nul_ends_with_a_sentence(void **state)
     rk_rpc_server_destroy(server);
 }
 
+/* What takes two bytes on the wire and a hundred and more in memory. */
+static void millions_of_small_things_are_refused(void **state)
+{
+    enum { BYTES = 60 << 20, HEAD = 8 };
+    static const struct {
+        const ProtobufCMessageDescriptor *type;
+        uint8_t pair[2];
+        bool inside; /* of field 1 */
+    } rows[] = {
+        {&redknot__v1__announce_request__descriptor, {3 << 3 | 2, 0}, false},
+        {&redknot__v1__heartbeat_request__descriptor, {4 << 3 | 2, 0}, false},
+        {&redknot__v1__put_request__descriptor, {1 << 3 | 2, 0}, true},
+        {&redknot__v1__locate_request__descriptor, {1 << 3 | 2, 0}, false}, /* bytes */
+        {&redknot__v1__heartbeat_request__descriptor, {15 << 3, 0}, false}, /* no field of it */
+        {&redknot__v1__heartbeat_request__descriptor,
+         {2 << 3, 0},
+         false}, /* one, again and again */
+    };
+    (void)state;
+    uint8_t *packed = malloc(BYTES);
+    assert_non_null(packed);
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        struct rk_error error = {.text = ""};
+        size_t begin = rows[i].inside ? HEAD : 0;
+        size_t bytes = BYTES - begin;
+        for (size_t at = begin; at < BYTES; at += 2) {
+            memcpy(packed + at, rows[i].pair, 2);
+        }
+        if (rows[i].inside) { /* tag, and the length in seven bytes */
+            packed[0] = 1 << 3 | 2;
+            for (int j = 0; j < 7; j++) {
+                packed[1 + j] = (uint8_t)((bytes >> (7 * j) & 0x7f) | (j < 6 ? 0x80 : 0));
+            }
+        }
+        assert_int_equal(rk_rpc_message_check_text(packed, BYTES, rows[i].type, &error),
+                         RK_ERR_TOO_LONG);
+        assert_non_null(strstr(error.text, "send less at once"));
+    }
+    free(packed);
+}
+
+static void what_is_legal_is_not(void **state)
+{
+    enum { IDS = 4 << 20, SHARDS = 4096 };
+    (void)state;
+    Redknot__V1__PlaceRequest place = REDKNOT__V1__PLACE_REQUEST__INIT;
+    place.n_token_ids = IDS;
+    place.token_ids = calloc(IDS, sizeof(*place.token_ids)); /* a byte each on the wire */
+    Redknot__V1__Shard shard = REDKNOT__V1__SHARD__INIT;
+    Redknot__V1__Shard *shards[SHARDS];
+    uint8_t id[32] = {1};
+    shard.segment_id = (ProtobufCBinaryData){sizeof(id), id};
+    shard.generation = UINT64_MAX;
+    for (int i = 0; i < SHARDS; i++) {
+        shards[i] = &shard;
+    }
+    Redknot__V1__HeartbeatRequest heartbeat = REDKNOT__V1__HEARTBEAT_REQUEST__INIT;
+    heartbeat.n_removed = SHARDS;
+    heartbeat.removed = shards;
+    const ProtobufCMessage *messages[] = {&place.base, &heartbeat.base};
+    for (size_t i = 0; i < 2; i++) {
+        uint8_t *packed = malloc(protobuf_c_message_get_packed_size(messages[i]));
+        size_t bytes = protobuf_c_message_pack(messages[i], packed);
+        assert_int_equal(rk_rpc_message_check_text(packed, bytes, messages[i]->descriptor, NULL),
+                         RK_OK);
+        free(packed);
+    }
+    free(place.token_ids);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -168,6 +240,8 @@ int main(void)
         cmocka_unit_test(messages_inside_are_walked),
         cmocka_unit_test(cut_messages_are_refused),
         cmocka_unit_test(a_call_with_a_nul_ends_with_a_sentence),
+        cmocka_unit_test(millions_of_small_things_are_refused),
+        cmocka_unit_test(what_is_legal_is_not),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
