@@ -331,7 +331,9 @@ static struct rk_transport_endpoint transport_endpoint(const struct rk_kv_endpoi
     return (struct rk_transport_endpoint){.grpc_address = endpoint->address,
                                           .host_id = endpoint->host_id,
                                           .shm_socket = endpoint->shm_socket,
-                                          .ucx_address = endpoint->ucx_address};
+                                          .ucx_address = endpoint->ucx_address,
+                                          .node_id = endpoint->node_id,
+                                          .incarnation = endpoint->incarnation};
 }
 
 /* Small is near. */

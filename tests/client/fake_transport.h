@@ -66,6 +66,8 @@ static enum rk_status fake_connect(const struct rk_transport_endpoint *endpoint,
 {
     (void)path;
     fake.connects++;
+    /* Whoever answers must be the one that is looked for: the transport has to know who that is. */
+    RK_ASSERT(endpoint->node_id && endpoint->node_id[0] != '\0' && endpoint->incarnation != 0);
     if (fake.mood == FAKE_SILENT) {
         return fake_wait(until, RK_ERR_UNAVAILABLE);
     }
