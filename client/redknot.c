@@ -9,16 +9,19 @@
 
 #include <pthread.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/random.h>
 
 #include "redknot/v1/coordinator.pb-c.h"
 
-#define TIMEOUT_MS          600000
-#define METADATA_TIMEOUT_MS 5000
-#define CHANNELS_MAX        64
-#define WORKERS_TRIED_MAX   8
-#define STATUS_SEGMENTS_MAX 100000
-#define DROP_IDS_MAX        4096 /* in one call */
+#define TIMEOUT_MS             600000
+#define METADATA_TIMEOUT_MS    5000
+#define CHANNELS_MAX           64
+#define WORKERS_TRIED_MAX      8
+#define WORKERS_LISTED_MAX     1024
+#define FINGERPRINT_DIGITS_MIN 8
+#define STATUS_SEGMENTS_MAX    100000
+#define DROP_IDS_MAX           4096 /* in one call */
 
 struct channel {
     char *address;
@@ -32,9 +35,15 @@ struct running {
     struct running *next;
 };
 
+struct workers {
+    char *addresses[WORKERS_TRIED_MAX];
+    size_t count;
+};
+
 struct rk_client {
     char *coordinator;
     char *worker;
+    char *model;
     int timeout_ms;
     int metadata_timeout_ms;
     pid_t maker;
@@ -43,6 +52,7 @@ struct rk_client {
     uint32_t num_channels;
     struct running *running;
     bool cancelled;
+    struct workers known; /* for when the coordinator does not answer */
 };
 
 struct rk_id rk_id_from_message(ProtobufCBinaryData bytes)
@@ -57,6 +67,23 @@ struct rk_id rk_id_from_message(ProtobufCBinaryData bytes)
 enum rk_status rk_client_no_memory(struct rk_error *error, const char *what)
 {
     return rk_error_set(error, RK_ERR_NO_MEMORY, "%s: out of memory", what);
+}
+
+static void workers_clear(struct workers *workers)
+{
+    for (size_t i = 0; i < workers->count; i++) {
+        rk_free(workers->addresses[i]);
+    }
+    workers->count = 0;
+}
+
+static bool workers_add(struct workers *workers, const char *address)
+{
+    char *copy = rk_alloc_string(address);
+    if (copy) {
+        workers->addresses[workers->count++] = copy;
+    }
+    return copy;
 }
 
 enum rk_status rk_client_create(const struct rk_client_options *options,
@@ -81,7 +108,16 @@ enum rk_status rk_client_create(const struct rk_client_options *options,
     if (options->worker) {
         client->worker = rk_alloc_string(options->worker);
     }
-    if ((options->coordinator && !client->coordinator) || (options->worker && !client->worker)) {
+    if (options->model) {
+        client->model = rk_alloc_string(options->model);
+    }
+    bool complete = (!options->coordinator || client->coordinator) &&
+                    (!options->worker || client->worker) && (!options->model || client->model);
+    for (size_t i = 0; i < options->num_workers_known && !options->model && i < WORKERS_TRIED_MAX;
+         i++) {
+        complete = complete && workers_add(&client->known, options->workers_known[i]);
+    }
+    if (!complete) {
         rk_client_destroy(client);
         return rk_client_no_memory(error, "making a client");
     }
@@ -112,6 +148,8 @@ void rk_client_destroy(struct rk_client *client)
     (void)pthread_mutex_destroy(&client->lock);
     rk_free(client->coordinator);
     rk_free(client->worker);
+    rk_free(client->model);
+    workers_clear(&client->known);
     rk_free(client);
 }
 
@@ -300,7 +338,8 @@ static struct rk_node_status node_from(const Redknot__V1__StatusReply__Node *nod
                                    .used_bytes = info->used_bytes,
                                    .num_shards = node->num_shards,
                                    .heartbeat_age_ms = node->last_heartbeat_age_ms,
-                                   .state = state};
+                                   .state = state,
+                                   .fingerprint = rk_id_from_message(info->fingerprint)};
 }
 
 /* Takes over reply, also when memory is out. */
@@ -480,50 +519,95 @@ enum rk_status rk_client_drop(struct rk_client *client, const struct rk_id *ids,
 
 /* ---- Calls to workers ---- */
 
-struct workers {
-    char *addresses[WORKERS_TRIED_MAX];
-    size_t count;
-};
-
-static void workers_clear(struct workers *workers)
+static bool is_model(const struct rk_node_status *node, const char *model)
 {
-    for (size_t i = 0; i < workers->count; i++) {
-        rk_free(workers->addresses[i]);
-    }
-    workers->count = 0;
+    char hex[RK_ID_HEX_BYTES];
+    size_t length = strlen(model);
+    rk_id_to_hex(&node->fingerprint, hex);
+    return strcmp(node->model, model) == 0 ||
+           (length >= FINGERPRINT_DIGITS_MIN && length < sizeof(hex) &&
+            strncasecmp(hex, model, length) == 0);
 }
 
-static bool workers_add(struct workers *workers, const char *address)
+static enum rk_status no_worker(const struct rk_client *client, struct rk_error *error)
 {
-    char *copy = rk_alloc_string(address);
-    if (copy) {
-        workers->addresses[workers->count++] = copy;
+    if (client->model) {
+        return rk_error_set(
+            error, RK_ERR_NOT_FOUND,
+            "coordinator %s knows no living worker that serves the model \"%.100s\"",
+            client->coordinator, client->model);
     }
-    return copy;
+    return rk_error_set(error, RK_ERR_UNAVAILABLE, "coordinator %s knows no living worker",
+                        client->coordinator);
 }
 
+/* Their answers differ, and so do the ids of their segments. */
+static enum rk_status several_models(const struct rk_node_status *one,
+                                     const struct rk_node_status *other, struct rk_error *error)
+{
+    char first[RK_ID_HEX_BYTES];
+    char second[RK_ID_HEX_BYTES];
+    rk_id_to_hex(&one->fingerprint, first);
+    rk_id_to_hex(&other->fingerprint, second);
+    return rk_error_set(error, RK_ERR_INVALID,
+                        "workers serve several models: \"%.64s\" (fingerprint %.12s) at %s and "
+                        "\"%.64s\" (%.12s) at %s; name the model, or a worker",
+                        one->model, first, one->address, other->model, second, other->address);
+}
+
+/* All that may be asked, from a random one on: nodes of other kinds between them must not give the
+ * one behind them a larger share. */
 static enum rk_status workers_from_status(const struct rk_client *client,
                                           const struct rk_cluster_status *cluster,
                                           struct workers *workers, struct rk_error *error)
 {
+    const struct rk_node_status *nodes[WORKERS_LISTED_MAX];
+    size_t count = 0;
     uint32_t start = 0;
+    for (size_t i = 0; i < cluster->num_nodes && count < WORKERS_LISTED_MAX; i++) {
+        const struct rk_node_status *node = &cluster->nodes[i];
+        if (node->role != RK_NODE_WORKER || !node->alive || !node->address[0] ||
+            (client->model && !is_model(node, client->model))) {
+            continue;
+        }
+        if (count > 0 && !rk_id_equal(&node->fingerprint, &nodes[0]->fingerprint)) {
+            return several_models(nodes[0], node, error);
+        }
+        nodes[count++] = node;
+    }
+    if (count == 0) {
+        return no_worker(client, error);
+    }
     if (getrandom(&start, sizeof(start), GRND_NONBLOCK) < 0) {
         start = (uint32_t)rk_clock_ns(); /* Good enough to spread load. */
     }
-    for (size_t i = 0; i < cluster->num_nodes && workers->count < WORKERS_TRIED_MAX; i++) {
-        const struct rk_node_status *node = &cluster->nodes[(start + i) % cluster->num_nodes];
-        if (node->role != RK_NODE_WORKER || !node->alive || !node->address[0]) {
-            continue;
-        }
-        if (!workers_add(workers, node->address)) {
+    for (size_t i = 0; i < count && workers->count < WORKERS_TRIED_MAX; i++) {
+        if (!workers_add(workers, nodes[(start + i) % count]->address)) {
             return rk_client_no_memory(error, "choosing a worker");
         }
     }
-    if (workers->count == 0) {
-        return rk_error_set(error, RK_ERR_UNAVAILABLE, "coordinator %s knows no living worker",
-                            client->coordinator);
-    }
     return RK_OK;
+}
+
+/* Without memory for it the old one stays, or a shorter one. */
+static void known_set(struct rk_client *client, const struct workers *workers)
+{
+    (void)pthread_mutex_lock(&client->lock);
+    workers_clear(&client->known);
+    for (size_t i = 0; i < workers->count; i++) {
+        (void)workers_add(&client->known, workers->addresses[i]);
+    }
+    (void)pthread_mutex_unlock(&client->lock);
+}
+
+static bool known_get(struct rk_client *client, struct workers *workers)
+{
+    (void)pthread_mutex_lock(&client->lock);
+    for (size_t i = 0; i < client->known.count; i++) {
+        (void)workers_add(workers, client->known.addresses[i]);
+    }
+    (void)pthread_mutex_unlock(&client->lock);
+    return workers->count > 0;
 }
 
 /* Living workers in the order in which to try them. Cleared by the caller, also on failure. */
@@ -537,11 +621,19 @@ static enum rk_status workers_choose(struct rk_client *client, struct workers *w
     }
     struct rk_cluster_status cluster;
     enum rk_status status = rk_client_status(client, 0, &cluster, error);
+    if (status == RK_ERR_UNAVAILABLE || status == RK_ERR_DEADLINE) {
+        /* A worker computes without the coordinator: that it is down costs reuse, not the answer.
+         */
+        return known_get(client, workers) ? RK_OK : status;
+    }
     if (status != RK_OK) {
         return status;
     }
     status = workers_from_status(client, &cluster, workers, error);
     rk_cluster_status_clear(&cluster);
+    if (status == RK_OK) {
+        known_set(client, workers);
+    }
     return status;
 }
 

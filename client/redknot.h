@@ -13,7 +13,10 @@
  *
  * Unless an address is given, a living worker is taken at random from the
  * coordinator's list; one that cannot be reached, or is full, before anything
- * came back from it is passed over for the next.
+ * came back from it is passed over for the next. Where workers serve several
+ * models, one must be named: their answers, and their segments' ids, differ. While
+ * the coordinator does not answer, the workers of its last answer are asked, or
+ * else workers_known.
  *
  * A client serves the process that made it: in a child after fork() its calls
  * are refused with RK_ERR_INVALID and destroying it does nothing. The child cannot
@@ -43,6 +46,13 @@ struct rk_client_options {
     const char *worker;      /* "127.0.0.1:7120": always this one; NULL: any living one */
     int timeout_ms;          /* of one call, 0: 600,000 */
     int metadata_timeout_ms; /* of status and drop, 0: 5,000 */
+    /* Only workers of this model: its name, or 8 or more hex digits of its fingerprint; NULL: any,
+     * as long as all serve the same. */
+    const char *model;
+    /* Addresses of workers, for a coordinator that has never answered; copied, may be NULL. Not
+     * used with `model`, for nobody tells what they serve. */
+    const char *const *workers_known;
+    size_t num_workers_known;
 };
 
 /* Connects lazily. On RK_OK the caller owns *ret_client. */
@@ -197,6 +207,7 @@ struct rk_node_status {
     uint64_t num_shards;
     uint64_t heartbeat_age_ms;
     const char *state; /* "up", "down", "ejected": alive, yet it does not answer; "slow start" */
+    struct rk_id fingerprint; /* of a worker's model and precision; else zeros */
 };
 struct rk_segment_status {
     struct rk_id segment_id;

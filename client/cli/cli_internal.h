@@ -49,9 +49,12 @@ struct cli_common {
     const char *coordinator; /* never NULL after parsing */
     bool coordinator_given;  /* --coordinator */
     bool coordinator_env;    /* else: $REDKNOT_COORDINATOR */
+    const char *model;       /* only workers of this one; NULL: any. Of commands that compute. */
     bool json;
 };
 extern const struct argp_child cli_common_children[]; /* child 0's input: struct cli_common */
+
+#define CLI_MODEL_DOC "Of several that are served: by name, or the begin of its fingerprint"
 
 /* Whole words from a list of limits: exits with 2 and names the option. */
 uint64_t cli_parse_uint(struct argp_state *state, const char *option, const char *text,

@@ -424,6 +424,9 @@ static enum rk_status start_process(struct cluster *cluster, struct cluster_proc
         }
         add(&arguments, "--dram", cluster->settings.dram);
         add(&arguments, "--shm-socket", path);
+        if (strcmp(cluster->settings.path, "ucx") == 0) { /* Stores serve it only when asked to. */
+            add(&arguments, "--ucx", "auto");
+        }
         if (strcmp(cluster->settings.path, "ucx") == 0) {
             add(&arguments, "--ucx", "auto");
         }

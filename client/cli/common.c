@@ -1,4 +1,5 @@
 #include "client/cli/cli_internal.h"
+#include "client/cli/cluster_internal.h"
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/text.h"
@@ -212,10 +213,39 @@ bool cli_interrupted(void)
     return atomic_load(&num_signals) > 0;
 }
 
+/* Workers of this user on this machine that were started for the coordinator: while it is down,
+ * they are known all the same. */
+struct local_workers {
+    const char *coordinator;
+    char addresses[CLUSTER_WORKERS_MAX][64];
+    const char *pointers[CLUSTER_WORKERS_MAX];
+    size_t count;
+};
+
+static void local_worker_visit(void *context, const struct proc_daemon *daemon)
+{
+    struct local_workers *workers = context;
+    if (daemon->process.role == CLUSTER_WORKER && daemon->process.address[0] &&
+        strcmp(daemon->coordinator, workers->coordinator) == 0 &&
+        workers->count < CLUSTER_WORKERS_MAX) {
+        char *address = workers->addresses[workers->count];
+        memcpy(address, daemon->process.address, sizeof(workers->addresses[0]));
+        workers->pointers[workers->count++] = address;
+    }
+}
+
 enum rk_status cli_client_open(const struct cli_common *common, const char *worker,
                                struct rk_client **ret_client, struct rk_error *error)
 {
-    struct rk_client_options options = {.coordinator = common->coordinator, .worker = worker};
+    struct local_workers workers = {.coordinator = common->coordinator};
+    if (!worker) {
+        proc_each_daemon(local_worker_visit, &workers);
+    }
+    struct rk_client_options options = {.coordinator = common->coordinator,
+                                        .worker = worker,
+                                        .model = common->model,
+                                        .workers_known = workers.pointers,
+                                        .num_workers_known = workers.count};
     struct rk_client *client = NULL;
     enum rk_status status = rk_client_create(&options, &client, error);
     if (status != RK_OK) {

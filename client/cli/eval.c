@@ -33,6 +33,7 @@ static const struct argp_option eval_options[] = {
     {.name = "fidelity", .key = CLI_LETTER_LEVEL, .flags = OPTION_ALIAS},
     {.name = "dump", .key = KEY_DUMP, .arg = "FILE", .doc = "Write both distributions there"},
     {.name = "worker", .key = CLI_LETTER_WORKER, .arg = "ADDR", .doc = "Measure this worker"},
+    {.name = "model", .key = CLI_LETTER_MODEL, .arg = "NAME", .doc = CLI_MODEL_DOC},
     {.name = NULL},
 };
 
@@ -51,6 +52,9 @@ static error_t parse_eval(int key, char *arg, struct argp_state *state)
         return 0;
     case CLI_LETTER_WORKER:
         arguments->worker = arg;
+        return 0;
+    case CLI_LETTER_MODEL:
+        arguments->common.model = arg;
         return 0;
     case ARGP_KEY_ARG:
         if (arguments->file) {

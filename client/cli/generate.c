@@ -49,6 +49,7 @@ static const struct argp_option generate_options[] = {
      .arg = "N",
      .doc = "Stop after N tokens, default 128"},
     {.name = "worker", .key = CLI_LETTER_WORKER, .arg = "ADDR", .doc = "Ask this worker"},
+    {.name = "model", .key = CLI_LETTER_MODEL, .arg = "NAME", .doc = CLI_MODEL_DOC},
     {.name = "temperature",
      .key = KEY_TEMPERATURE,
      .arg = "T",
@@ -96,6 +97,9 @@ static error_t parse_generate(int key, char *arg, struct argp_state *state)
         return 0;
     case CLI_LETTER_WORKER:
         arguments->worker = arg;
+        return 0;
+    case CLI_LETTER_MODEL:
+        arguments->common.model = arg;
         return 0;
     case KEY_TEMPERATURE:
         request->temperature = (float)cli_parse_double(state, "--temperature", arg, 0, 100);

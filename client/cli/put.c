@@ -10,6 +10,7 @@ struct put_arguments {
 
 static const struct argp_option put_options[] = {
     {.name = "worker", .key = CLI_LETTER_WORKER, .arg = "ADDR", .doc = "Compute on this worker"},
+    {.name = "model", .key = CLI_LETTER_MODEL, .arg = "NAME", .doc = CLI_MODEL_DOC},
     {.name = NULL},
 };
 
@@ -22,6 +23,9 @@ static error_t parse_put(int key, char *arg, struct argp_state *state)
         return 0;
     case CLI_LETTER_WORKER:
         arguments->worker = arg;
+        return 0;
+    case CLI_LETTER_MODEL:
+        arguments->common.model = arg;
         return 0;
     case ARGP_KEY_ARGS:
         arguments->files = state->argv + state->next;

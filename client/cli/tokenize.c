@@ -17,6 +17,7 @@ enum { KEY_SPECIAL = 256 };
 
 static const struct argp_option tokenize_options[] = {
     {.name = "worker", .key = CLI_LETTER_WORKER, .arg = "ADDR", .doc = "Ask this worker"},
+    {.name = "model", .key = CLI_LETTER_MODEL, .arg = "NAME", .doc = CLI_MODEL_DOC},
     {.name = "special", .key = KEY_SPECIAL, .doc = "Special tokens in the text are meant as such"},
     {.name = NULL},
 };
@@ -30,6 +31,9 @@ static error_t parse_tokenize(int key, char *arg, struct argp_state *state)
         return 0;
     case CLI_LETTER_WORKER:
         arguments->worker = arg;
+        return 0;
+    case CLI_LETTER_MODEL:
+        arguments->common.model = arg;
         return 0;
     case KEY_SPECIAL:
         arguments->special = true;

@@ -1,11 +1,12 @@
 /*
  * Goal:   `redknot up`, `restart`, `logs` and `down` on a cluster whose processes are killed,
- * stopped or strangers: each says what is there, brings back what is missing, ends within seconds,
- *         and never takes or stops what is not its own.
+ *         stopped or strangers: each says what is there, brings back what is missing, ends within
+ *         seconds, and never takes or stops what is not its own.
  * Method: the program itself, in a folder and on ports of this test; clusters without workers for
- * the drills.
+ *         the drills, and one with a worker, which answers while the coordinator is down.
  */
 #include "common/base/clock.h"
+#include "tests/support/golden.h"
 
 #include <arpa/inet.h>
 #include <jansson.h>
@@ -17,6 +18,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -43,10 +45,10 @@ static bool port_is_free(unsigned number)
     return free;
 }
 
-/* Of one cluster: coordinator, two stores, and their metrics. */
+/* Of one cluster: coordinator, two stores, a worker, and their metrics. */
 static bool plan_is_free(unsigned number)
 {
-    static const unsigned of[] = {0, 1, 2, 100, 101, 102};
+    static const unsigned of[] = {0, 1, 2, 20, 100, 101, 102, 120};
     for (size_t i = 0; i < sizeof(of) / sizeof(of[0]); i++) {
         if (!port_is_free(number + of[i])) {
             return false;
@@ -107,13 +109,6 @@ static pid_t pid_of(const char *folder, const char *node)
     return pid;
 }
 
-static void hit(const char *folder, const char *node, int number)
-{
-    pid_t pid = pid_of(folder, node);
-    assert_true(pid > 1); /* Else the whole group of this test. */
-    assert_int_equal(kill(pid, number), 0);
-}
-
 /* Nobody may have asked yet how it ended: then it is there, but as a zombie. */
 static bool lives(pid_t pid)
 {
@@ -126,6 +121,16 @@ static bool lives(pid_t pid)
         (void)fclose(file);
     }
     return text[0] && !strstr(text, ") Z");
+}
+
+static void hit(const char *folder, const char *node, int number)
+{
+    pid_t pid = pid_of(folder, node);
+    assert_true(pid > 1); /* Else the whole group of this test. */
+    assert_int_equal(kill(pid, number), 0);
+    for (int i = 0; number == SIGKILL && lives(pid) && i < 500; i++) {
+        rk_clock_sleep_ms(10);
+    }
 }
 
 static int setup(void **state)
@@ -286,14 +291,80 @@ static void a_process_that_cannot_start_says_why(void **state)
     expect(redknot("down --dir $D/a"), 0, "stopped 0"); /* Nothing was left behind. */
 }
 
+/* A worker beside those of `up`, of the same file in another precision: another model. */
+static pid_t start_worker_by_hand(void)
+{
+    char own[32];
+    char coordinator[32];
+    char log[128];
+    (void)snprintf(own, sizeof(own), "127.0.0.1:%u", port + 2 * SPAN + 20);
+    (void)snprintf(coordinator, sizeof(coordinator), "127.0.0.1:%u", port);
+    (void)snprintf(log, sizeof(log), "%s/by-hand.log", base);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
+        if (!freopen(log, "w", stderr)) {
+            _exit(126);
+        }
+        (void)execl(REDKNOT_BINARY_DIR "/bin/redknot-worker", "redknot-worker", "--model",
+                    golden_model_path(), "--mode", "f32", "--context", "256", "--listen", own,
+                    "--metrics", "", "--coordinator", coordinator, "--node-id", "by-hand",
+                    (char *)NULL);
+        _exit(127);
+    }
+    for (int i = 0; i < 600; i++) { /* Until the coordinator lists it. */
+        (void)redknot("status -c %s", coordinator);
+        if (strstr(output, "by-hand")) {
+            return child;
+        }
+        rk_clock_sleep_ms(100);
+    }
+    fail_msg("no worker by hand: %s", output);
+    return -1;
+}
+
+static void a_worker_is_found_by_its_model_and_without_the_coordinator(void **state)
+{
+    (void)state;
+    char fingerprint[13] = "";
+    (void)redknot("up --dir $D/a --base-port $P --workers 1 --dram 64MiB --context 256 --model %s",
+                  golden_model_path());
+    seconds = 0; /* It loads a model. */
+    expect(0, 0, "worker-0");
+    expect(redknot("generate -p hello -n 2 -c 127.0.0.1:%u", port), 0, "");
+    pid_t other = start_worker_by_hand();
+    for (int i = 0; i < 4; i++) { /* Whichever comes first in the list. */
+        expect(redknot("generate -p hello -n 2 -c 127.0.0.1:%u", port), 1, "several models");
+    }
+    const char *at = strstr(output, "(fingerprint ");
+    assert_non_null(at);
+    assert_int_equal(sscanf(at, "(fingerprint %12[0-9a-f]", fingerprint), 1);
+    expect(redknot("generate -p hello -n 2 -c 127.0.0.1:%u -m %s", port, fingerprint), 0, "");
+    expect(redknot("generate -p hello -n 2 -c 127.0.0.1:%u -m nonesuch", port), 1, "nonesuch");
+    assert_int_equal(kill(other, SIGKILL), 0);
+    assert_int_equal(waitpid(other, NULL, 0), other);
+
+    hit("a", "coordinator", SIGKILL);
+    expect(redknot("generate -p hello -n 2 -c 127.0.0.1:%u", port), 0, "");
+    expect(redknot("status -c 127.0.0.1:%u", port), 1, "does not answer");
+    expect(redknot("up --dir $D/a"), 0, "2 of 3 processes ran already");
+    hit("a", "worker-0", SIGSTOP);
+    expect(redknot("restart --dir $D/a worker-0"), 0, "worker-0 serves");
+}
+
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(a_second_cluster_on_the_same_ports_is_refused), TEST(up_brings_back_what_is_missing),
-        TEST(what_is_stopped_is_named_and_replaced),         TEST(one_process_is_restarted),
-        TEST(down_goes_where_it_is_told_or_refuses),         TEST(a_damaged_state_hides_nothing),
+        TEST(a_second_cluster_on_the_same_ports_is_refused),
+        TEST(up_brings_back_what_is_missing),
+        TEST(what_is_stopped_is_named_and_replaced),
+        TEST(one_process_is_restarted),
+        TEST(down_goes_where_it_is_told_or_refuses),
+        TEST(a_damaged_state_hides_nothing),
         TEST(a_process_that_cannot_start_says_why),
+        TEST(a_worker_is_found_by_its_model_and_without_the_coordinator),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
