@@ -32,6 +32,7 @@ static struct index_kin *get(struct index *index, const struct rk_id *id)
 static void free_if_empty(struct index *index, struct index_kin *kin)
 {
     if (kin->chains == NULL && kin->children == NULL) {
+        RK_ASSERT(index->kin != NULL); /* It is in there. */
         HASH_DELETE(hh, index->kin, kin);
         rk_free(kin);
     }
@@ -43,10 +44,12 @@ void index_kin_unlink(struct index *index, struct index_segment *segment)
     struct index_kin *parent = segment->in_parent.kin;
 
     if (alone != NULL) {
+        RK_ASSERT(alone->chains != NULL && segment->in_alone.prev != NULL);
         DL_DELETE2(alone->chains, segment, in_alone.prev, in_alone.next);
         segment->in_alone.kin = NULL;
     }
     if (parent != NULL) {
+        RK_ASSERT(parent->children != NULL && segment->in_parent.prev != NULL);
         DL_DELETE2(parent->children, segment, in_parent.prev, in_parent.next);
         segment->in_parent.kin = NULL;
         free_if_empty(index, parent);
@@ -58,24 +61,25 @@ void index_kin_unlink(struct index *index, struct index_segment *segment)
 
 enum rk_status index_kin_link(struct index *index, struct index_segment *segment)
 {
-    struct index_kin *kin;
+    struct index_kin *alone;
+    struct index_kin *parent;
 
     if (!rk_origin_is_chain(&segment->origin)) {
         return RK_OK; /* It stems from nothing but itself. */
     }
-    kin = get(index, &segment->origin.alone);
-    if (kin == NULL) {
+    alone = get(index, &segment->origin.alone);
+    if (alone == NULL) {
         return RK_ERR_NO_MEMORY;
     }
-    DL_APPEND2(kin->chains, segment, in_alone.prev, in_alone.next);
-    segment->in_alone.kin = kin;
-    kin = get(index, &segment->origin.parent);
-    if (kin == NULL) {
-        index_kin_unlink(index, segment);
+    parent = get(index, &segment->origin.parent);
+    if (parent == NULL) {
+        free_if_empty(index, alone);
         return RK_ERR_NO_MEMORY;
     }
-    DL_APPEND2(kin->children, segment, in_parent.prev, in_parent.next);
-    segment->in_parent.kin = kin;
+    DL_APPEND2(alone->chains, segment, in_alone.prev, in_alone.next);
+    segment->in_alone.kin = alone;
+    DL_APPEND2(parent->children, segment, in_parent.prev, in_parent.next);
+    segment->in_parent.kin = parent;
     return RK_OK;
 }
 

@@ -789,6 +789,9 @@ static enum rk_status status_shards(struct kvstore_service *service, struct rk_r
         reply->shards = page.pointers;
         status = rk_rpc_call_send(call, &reply->base);
     }
+    reply->next_after = (ProtobufCBinaryData){0}; /* It lay in the page. */
+    reply->n_shards = 0;
+    reply->shards = NULL;
     rk_free(page.headers);
     rk_free(page.shards);
     rk_free(page.pointers);
