@@ -68,6 +68,7 @@ static void waiter_remove(struct admission *admission, struct waiter *self)
 {
     struct waiter **link = &admission->first;
     while (*link != self) {
+        RK_ASSERT(*link);
         link = &(*link)->next;
     }
     *link = self->next;

@@ -122,7 +122,9 @@ static enum rk_status add_inputs(struct session *session, Redknot__V1__SegmentIn
     size_t num_ids = 0;
     size_t num_located = 0;
     if (!ids || !locations) {
-        status = rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for %zu segments", count);
+        (void)rk_error_set(error, RK_ERR_NO_MEMORY, "no memory for %zu segments", count);
+        status = RK_ERR_NO_MEMORY;
+        goto done;
     }
     for (size_t i = 0; status == RK_OK && i < count; i++) {
         status = check_input(inputs[i], error);
@@ -138,9 +140,9 @@ static enum rk_status add_inputs(struct session *session, Redknot__V1__SegmentIn
         status = add_input(session, inputs[i], &locations[id], error);
         id += given_by_id(inputs[i]);
     }
-    if (locations) {
-        rk_kv_locations_free(locations, num_located);
-    }
+    rk_kv_locations_free(locations, num_located);
+
+done:
     rk_free(ids);
     rk_free(locations);
     return status;
@@ -691,10 +693,10 @@ static enum rk_status score(struct api *api, struct rk_rpc_call *call,
         .on_event = score_event, .context = &running, .sampler = {.top_p = 1}};
     struct tokenizer_ids forced = {0};
     uint32_t room = 0;
-    enum rk_status status = find_level(request->level, &session->level, error);
-    if (status == RK_OK && (!request->prompt || !request->continuation)) {
-        status = rk_error_set(error, RK_ERR_INVALID, "a prompt and a continuation are needed");
+    if (!request->prompt || !request->continuation) {
+        return rk_error_set(error, RK_ERR_INVALID, "a prompt and a continuation are needed");
     }
+    enum rk_status status = find_level(request->level, &session->level, error);
     if (status == RK_OK) {
         status = score_inputs(session, request, error);
     }
