@@ -222,11 +222,14 @@ static bool is_reused(const struct recovery_run *run)
     return run->source == RECOVERY_CHAIN || run->source == RECOVERY_SEGMENT;
 }
 
-/* Behind other segments, and of a segment alone: it was computed without having seen them. */
-static bool is_approximate(const struct recovery_run *run)
+/* Of a segment alone, behind others: it was computed without having seen them. Or in its place, by
+ * another arithmetic than ours. */
+static bool is_approximate(const struct session *session, uint32_t index)
 {
-    return run->position > 0 &&
-           (run->source == RECOVERY_SEGMENT || run->source == RECOVERY_COMPUTE_ALONE);
+    const struct recovery_run *run = &session->plan.runs[index];
+    bool behind = run->position > 0;
+    return run->source == RECOVERY_SEGMENT ? behind || session->segments[index].foreign
+                                           : run->source == RECOVERY_COMPUTE_ALONE && behind;
 }
 
 static void report_segment(const struct session *session, uint32_t index,
@@ -290,7 +293,7 @@ static void report_fill(const struct session *session, Redknot__V1__Report *repo
     for (uint32_t i = 0; i < session->num_segments; i++) {
         report_segment(session, i, &rows[i]);
         row_pointers[i] = &rows[i];
-        bool approximate = is_approximate(&session->plan.runs[i]);
+        bool approximate = is_approximate(session, i);
         report->approximate = report->approximate || approximate;
         report->tokens_reused_exact += approximate ? 0 : rows[i].tokens_reused;
         if (rows[i].path != REDKNOT__V1__PATH__PATH_UNSPECIFIED) {
@@ -390,8 +393,10 @@ static enum rk_status put_segment(struct api *api, struct rk_rpc_call *call,
     struct running running = {.api = api, .call = call};
     reply.bytes =
         rk_kv_pages_total(&api->layout, segment->num_tokens) * rk_kv_page_bytes(&api->layout);
-    reply.already_stored = session_segment_stored(session);
-    if (!reply.already_stored) {
+    bool stored = false;
+    status = session_check_stored(session, &stored, error);
+    reply.already_stored = stored;
+    if (status == RK_OK && !stored) {
         struct session_run run = {.on_event = put_event, .context = &running};
         status = session_put(session, &run, &reply.bytes, error);
     }
