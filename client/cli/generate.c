@@ -2,6 +2,7 @@
 #include "client/cli/score.h"
 #include "common/base/alloc.h"
 
+#include <errno.h>
 #include <math.h>
 #include <string.h>
 #include <unistd.h>
@@ -198,6 +199,7 @@ struct answer {
     bool shown; /* as it comes, on standard output */
     bool terminal;
     bool ends_line;
+    int write_error; /* errno of what ended it; 0: none */
     char *text;
     size_t text_bytes;
     int32_t *ids;
@@ -218,9 +220,13 @@ static bool show(struct answer *answer, const char *text, size_t text_bytes)
     if (text_bytes > 0) {
         answer->ends_line = text[text_bytes - 1] == '\n';
     }
-    return (answer->terminal ? cli_write_text(stdout, text, text_bytes)
-                             : fwrite(text, 1, text_bytes, stdout) == text_bytes) &&
-           fflush(stdout) == 0;
+    bool written = answer->terminal ? cli_write_text(stdout, text, text_bytes)
+                                    : fwrite(text, 1, text_bytes, stdout) == text_bytes;
+    if (!written || fflush(stdout) != 0) {
+        answer->write_error = errno;
+        return false;
+    }
+    return true;
 }
 
 static bool on_token(void *context, const int32_t *token_ids, size_t num_tokens, const char *text,
@@ -433,7 +439,10 @@ static int generate_run(struct generate_arguments *arguments, struct segments *s
         status = compare(client, arguments, &answer, &comparison, &error);
         end_line(&comparison.answer);
     }
-    if (status != RK_OK) {
+    int write_error = answer.write_error ? answer.write_error : comparison.answer.write_error;
+    if (status != RK_OK && write_error) {
+        code = cli_fail("generate: standard output: %s", strerror(write_error));
+    } else if (status != RK_OK) {
         code = cli_fail_error("generate", &error);
     } else {
         code = print_all(arguments, &answer, &comparison);

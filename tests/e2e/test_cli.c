@@ -54,7 +54,7 @@ static int run(const char *arguments)
     char line[4096];
     (void)snprintf(line, sizeof(line),
                    "D=%s; export REDKNOT_COORDINATOR=%s; timeout 120 " REDKNOT_BINARY_DIR
-                   "/bin/redknot %s >$D/out 2>$D/err </dev/null",
+                   "/bin/redknot >$D/out 2>$D/err </dev/null %s",
                    cluster.folder, cluster.coordinator_address, arguments);
     int status = system(line);
     assert_true(WIFEXITED(status));
@@ -236,6 +236,9 @@ static void generate_says_what_its_answer_is_worth(void **state)
     assert_true(json_is_false(json_object_get(json_object_get(result, "report"), "approximate")));
     json_decref(result);
     expect("drop --all", 0);
+
+    expect("generate -p 'Who is it?' -n 2 > /dev/full", 1);
+    assert_non_null(strstr(errors, "generate: standard output: No space left on device"));
 }
 
 static void tokens_are_those_of_the_model(void **state)
