@@ -333,6 +333,7 @@ static struct rk_node_status node_from(const Redknot__V1__StatusReply__Node *nod
                                    .address = info->grpc_address,
                                    .metrics_address = info->metrics_address,
                                    .model = info->model,
+                                   .numeric_path = info->numeric_path,
                                    .version = info->version,
                                    .capacity_bytes = info->capacity_bytes,
                                    .used_bytes = info->used_bytes,

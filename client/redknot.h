@@ -201,6 +201,7 @@ struct rk_node_status {
     const char *address;
     const char *metrics_address;
     const char *model;
+    const char *numeric_path; /* of a worker: with equal ones "exact" shares; "": not told */
     const char *version;
     uint64_t capacity_bytes;
     uint64_t used_bytes;

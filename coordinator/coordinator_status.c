@@ -38,10 +38,12 @@ static Redknot__V1__StatusReply__Node *node_message(struct coordinator *coordina
     info->version = arena_string(arena, node->info->version);
     info->model = arena_string(arena, node->info->model);
     info->metrics_address = arena_string(arena, node->info->metrics_address);
+    info->numeric_path = arena_string(arena, node->info->numeric_path);
     info->fingerprint.data = arena_alloc(arena, info->fingerprint.len, 1);
     if (info->node_id == NULL || info->grpc_address == NULL || info->host_id == NULL ||
         info->shm_socket == NULL || info->ucx_address == NULL || info->version == NULL ||
-        info->model == NULL || info->metrics_address == NULL || info->fingerprint.data == NULL) {
+        info->model == NULL || info->metrics_address == NULL || info->numeric_path == NULL ||
+        info->fingerprint.data == NULL) {
         return NULL;
     }
     if (info->fingerprint.len != 0) {

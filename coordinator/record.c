@@ -147,6 +147,7 @@ enum rk_status record_check_node(const Redknot__V1__NodeInfo *info, struct rk_er
         !text_fits(info->version, RECORD_ADDRESS_MAX) ||
         !text_fits(info->model, RECORD_ADDRESS_MAX) ||
         !text_fits(info->metrics_address, RECORD_ADDRESS_MAX) ||
+        !text_fits(info->numeric_path, RECORD_ADDRESS_MAX) ||
         (info->fingerprint.len != 0 && !record_id(&info->fingerprint, &fingerprint))) {
         return rk_error_set(error, RK_ERR_INVALID, "node %s: a field is too long", info->node_id);
     }
@@ -160,10 +161,15 @@ enum rk_status record_check_node_text(const Redknot__V1__NodeInfo *info, struct 
         const char *text;
         bool is_address;
     } fields[] = {
-        {"node_id", info->node_id, false},        {"grpc_address", info->grpc_address, true},
-        {"ucx_address", info->ucx_address, true}, {"metrics_address", info->metrics_address, true},
-        {"host_id", info->host_id, false},        {"shm_socket", info->shm_socket, false},
-        {"version", info->version, false},        {"model", info->model, false},
+        {"node_id", info->node_id, false},
+        {"grpc_address", info->grpc_address, true},
+        {"ucx_address", info->ucx_address, true},
+        {"metrics_address", info->metrics_address, true},
+        {"host_id", info->host_id, false},
+        {"shm_socket", info->shm_socket, false},
+        {"version", info->version, false},
+        {"model", info->model, false},
+        {"numeric_path", info->numeric_path, false},
     };
     for (size_t i = 0; i < sizeof(fields) / sizeof(fields[0]); i++) {
         enum rk_status status = rk_text_check_name(fields[i].what, fields[i].text,

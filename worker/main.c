@@ -449,6 +449,7 @@ static enum rk_status join_cluster(struct worker *worker, const struct arguments
         .metrics_address = worker->metrics_address,
         .model_name = worker->model_name,
         .fingerprint = worker->fingerprint,
+        .numeric_path = worker->numeric_path,
     };
     return api_membership_start(&options, &worker->membership, error);
 }

@@ -64,6 +64,7 @@ static json_t *node_json(const struct rk_node_status *node)
     cli_json_set_string(row, "address", node->address);
     cli_json_set_string(row, "metrics_address", node->metrics_address);
     cli_json_set_string(row, "model", node->model);
+    cli_json_set_string(row, "numeric_path", node->numeric_path);
     cli_json_set_string(row, "version", node->version);
     return row;
 }
@@ -115,21 +116,23 @@ static void status_print(const struct rk_cluster_status *cluster, bool with_segm
     char id[CLI_SHOWN_BYTES];
     char address[CLI_SHOWN_BYTES];
     char model[CLI_SHOWN_BYTES];
+    char path[CLI_SHOWN_BYTES];
     uint64_t num_stored = cluster->num_segments - cluster->num_gone;
     (void)printf("coordinator %s, up for %llu s, %llu segments\n\n", cluster->version,
                  (unsigned long long)(cluster->uptime_ms / 1000), (unsigned long long)num_stored);
     (void)printf("%-8s %-24s %-22s %-10s %10s %10s %7s  %s\n", "ROLE", "NODE", "ADDRESS", "STATE",
-                 "USED", "CAPACITY", "SHARDS", "MODEL");
+                 "USED", "CAPACITY", "SHARDS", "MODEL, NUMERIC PATH");
     for (size_t i = 0; i < cluster->num_nodes; i++) {
         const struct rk_node_status *node = &cluster->nodes[i];
         bool store = node->role == RK_NODE_STORE;
-        (void)printf("%-8s %-24s %-22s %-10s %10s %10s %7llu  %s\n", role_name(node->role),
+        (void)printf("%-8s %-24s %-22s %-10s %10s %10s %7llu  %s%s%s\n", role_name(node->role),
                      cli_shown(node->node_id, id, sizeof(id)),
                      cli_shown(node->address, address, sizeof(address)), node->state,
                      store ? cli_bytes(node->used_bytes, used) : "-",
                      store ? cli_bytes(node->capacity_bytes, capacity) : "-",
                      (unsigned long long)node->num_shards,
-                     cli_shown(node->model, model, sizeof(model)));
+                     cli_shown(node->model, model, sizeof(model)), node->model[0] ? ", " : "",
+                     cli_shown(node->numeric_path, path, sizeof(path)));
     }
     if (!with_segments) {
         return;

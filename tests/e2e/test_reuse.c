@@ -321,6 +321,26 @@ static void expect_rows_equal(const struct rows *a, const struct rows *b, const 
     }
 }
 
+/* Status tells which workers share, and which do not. */
+static void expect_two_paths(struct rk_client *client)
+{
+    struct rk_cluster_status status;
+    const char *paths[2] = {"", ""};
+    size_t found = 0;
+    assert_int_equal(rk_client_status(client, 0, &status, NULL), RK_OK);
+    for (size_t i = 0; i < status.num_nodes; i++) {
+        if (status.nodes[i].role == RK_NODE_WORKER) {
+            assert_int_equal(strlen(status.nodes[i].numeric_path), 16);
+            paths[found++ % 2] = status.nodes[i].numeric_path;
+        } else {
+            assert_string_equal(status.nodes[i].numeric_path, "");
+        }
+    }
+    assert_int_equal(found, 2);
+    assert_string_not_equal(paths[0], paths[1]);
+    rk_cluster_status_clear(&status);
+}
+
 /* One worker computes with AVX2, the other with the best that the CPU has: what the first one
  * published is not exact for the second one, which says so and computes; `fast` shares it. */
 static void exact_keeps_to_its_own_arithmetic(void **unused)
@@ -362,6 +382,7 @@ static void exact_keeps_to_its_own_arithmetic(void **unused)
         .prompt = generate.prompt,
         .continuation = {.token_ids = library.ids[6], .num_tokens = FORCED}};
 
+    expect_two_paths(clients[0]);
     ask(clients[0], &generate, &answer); /* Publishes the first one's chain. */
     assert_int_equal(answer.status, RK_OK);
     answer_clear(&answer);

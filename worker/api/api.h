@@ -82,6 +82,7 @@ struct api_membership_options {
     const char *metrics_address;
     const char *model_name;
     struct rk_id fingerprint;
+    struct rk_id numeric_path;
 };
 /* Strings are borrowed until stop. Registers in the background and again whenever the
  * coordinator has forgotten us. */

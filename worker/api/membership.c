@@ -10,9 +10,10 @@
 
 #include <pthread.h>
 
-#define CALL_TIMEOUT_MS  1000
-#define RETRY_MS         250
-#define HEARTBEAT_MS_MAX 5000
+#define CALL_TIMEOUT_MS     1000
+#define RETRY_MS            250
+#define HEARTBEAT_MS_MAX    5000
+#define NUMERIC_PATH_DIGITS 16 /* enough to compare */
 
 struct api_membership {
     struct api_membership_options options;
@@ -67,6 +68,10 @@ static enum rk_status join_cluster(struct api_membership *membership, uint32_t *
     node.host_id = (char *)rk_host_id();
     node.version = (char *)REDKNOT_VERSION;
     node.model = (char *)options->model_name;
+    char path[RK_ID_HEX_BYTES];
+    rk_id_to_hex(&options->numeric_path, path);
+    path[NUMERIC_PATH_DIGITS] = '\0';
+    node.numeric_path = path;
     node.metrics_address = (char *)options->metrics_address;
     node.fingerprint.data = (uint8_t *)options->fingerprint.bytes;
     node.fingerprint.len = sizeof(options->fingerprint.bytes);
