@@ -251,12 +251,88 @@ static void down_spares_a_reused_pid(void **state)
     assert_int_equal(waitpid(child, NULL, 0), child);
 }
 
+static void write_state(const char *path, pid_t pid)
+{
+    char stat_path[64];
+    char stat[1024] = "";
+    char program[256];
+    unsigned long long start = 0;
+    (void)snprintf(stat_path, sizeof(stat_path), "/proc/%d/stat", (int)pid);
+    FILE *file = fopen(stat_path, "r");
+    assert_non_null(file);
+    assert_non_null(fgets(stat, sizeof(stat), file));
+    (void)fclose(file);
+    const char *fields = strrchr(stat, ')');
+    assert_int_equal(sscanf(fields,
+                            ") %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s "
+                            "%*s %*s %*s %*s %llu",
+                            &start),
+                     1);
+    assert_non_null(realpath("/bin/sleep", program));
+    file = fopen(path, "w");
+    assert_non_null(file);
+    (void)fprintf(file,
+                  "{\"version\": 1, \"processes\": [{\"kind\": 0, \"node_id\": \"coordinator\","
+                  " \"pid\": %d, \"start_time\": %llu, \"program\": \"%s\","
+                  " \"address\": \"127.0.0.1:1\", \"metrics\": \"127.0.0.1:2\", \"log\": \"x\"}]}",
+                  (int)pid, start, program);
+    assert_int_equal(fclose(file), 0);
+}
+
+/* Whoever makes the default folder first must not have us end our own processes, nor choose where
+ * we write. */
+static void a_folder_of_another_user_orders_nothing(void **state)
+{
+    (void)state;
+    char output[2048];
+    char path[192];
+    char command[256];
+    if (geteuid() != 0) {
+        skip();
+    }
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        (void)execlp("sleep", "sleep", "30", (char *)NULL);
+        _exit(127);
+    }
+    usleep(200000); /* Until it is sleep. */
+    (void)snprintf(command, sizeof(command), "mkdir -p -m 700 %s/run/redknot/cluster", dir);
+    assert_int_equal(system(command), 0);
+    (void)snprintf(path, sizeof(path), "%s/run/redknot/cluster/cluster.json", dir);
+    write_state(path, child);
+    (void)snprintf(command, sizeof(command),
+                   "chmod 700 %s/run/redknot; chown -R 54321 %s/run/redknot", dir, dir);
+    assert_int_equal(system(command), 0);
+    (void)snprintf(path, sizeof(path), "%s/run", dir);
+    assert_int_equal(setenv("XDG_RUNTIME_DIR", path, 1), 0);
+
+    assert_int_equal(run("down", output, sizeof(output)), 1);
+    assert_non_null(strstr(output, "belongs to user 54321"));
+    assert_int_equal(run("up --workers 0", output, sizeof(output)), 1);
+    assert_non_null(strstr(output, "--dir"));
+    assert_int_equal(waitpid(child, NULL, WNOHANG), 0); /* It lives. */
+    /* Also of our own folder: none of our programs is named there. */
+    (void)snprintf(command, sizeof(command), "chown -R 0 %s/run/redknot", dir);
+    assert_int_equal(system(command), 0);
+    assert_int_equal(run("down", output, sizeof(output)), 0);
+    assert_non_null(strstr(output, "stopped 0"));
+    assert_int_equal(waitpid(child, NULL, WNOHANG), 0);
+
+    assert_int_equal(unsetenv("XDG_RUNTIME_DIR"), 0);
+    (void)snprintf(command, sizeof(command), "rm -rf %s/run", dir);
+    assert_int_equal(system(command), 0);
+    assert_int_equal(kill(child, 9), 0);
+    assert_int_equal(waitpid(child, NULL, 0), child);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(exit_codes_and_messages),
                                        cmocka_unit_test(one_letter_means_one_thing),
                                        cmocka_unit_test(unknown_options_are_wrong_usage),
                                        cmocka_unit_test(output_that_cannot_be_written_is_a_failure),
+                                       cmocka_unit_test(a_folder_of_another_user_orders_nothing),
                                        cmocka_unit_test(down_spares_a_reused_pid)};
     return cmocka_run_group_tests(tests, make_files, remove_files);
 }
