@@ -196,6 +196,8 @@ static void end(struct coordinator *coordinator, struct probe_target *target, bo
     }
     if (status == RK_OK) {
         store_passed(coordinator, target);
+    } else if (status == RK_ERR_NO_MEMORY && !error.answered) {
+        RK_LOG_WARN("probe_not_made", "node=%q reason=%q", target->node_id, error.text); /* Ours. */
     } else if (status != RK_ERR_FULL) { /* Busy is not sick: it has said so. */
         coordinator_store_failed(coordinator, target->node_id, target->incarnation, error.text);
     }

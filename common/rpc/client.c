@@ -4,6 +4,7 @@
 #include "common/base/text.h"
 #include "common/rpc/rpc_internal.h"
 
+#include <errno.h>
 #include <grpc/grpc_security.h>
 #include <string.h>
 
@@ -11,6 +12,7 @@
 #define BACKOFF_MAX_MS    1000
 #define KEEPALIVE_MS      10000
 #define RENEW_MS          100  /* at most so often, since several calls fail together */
+#define IDLE_MS           20   /* so long unused, a channel is looked at before its next call */
 #define DEADLINE_SLACK_MS 1000 /* gRPC's own deadline goes first: it knows the better reason */
 
 static grpc_channel *channel_open(const char *address)
@@ -84,6 +86,14 @@ void rpc_channel_unref(struct rk_rpc_channel *channel)
     grpc_shutdown();
 }
 
+void rpc_channel_look(struct rk_rpc_channel *channel, grpc_completion_queue *queue)
+{
+    int64_t now_ns = rk_clock_ns();
+    if (now_ns - atomic_exchange(&channel->used_ns, now_ns) > IDLE_MS * INT64_C(1000000)) {
+        rpc_queue_look(queue);
+    }
+}
+
 void rk_rpc_channel_destroy(struct rk_rpc_channel *channel)
 {
     if (channel) {
@@ -127,6 +137,18 @@ gpr_timespec rpc_timespec_in_ms(int timeout_ms)
                         gpr_time_from_millis(timeout_ms, GPR_TIMESPAN));
 }
 
+/* gRPC knows one code for a peer that refuses and for a socket that this process could not make. */
+static bool is_our_own_trouble(const char *text)
+{
+    static const int causes[] = {EMFILE, ENFILE, ENOBUFS, ENOMEM};
+    for (size_t i = 0; i < sizeof(causes) / sizeof(causes[0]); i++) {
+        if (strstr(text, strerrordesc_np(causes[i]))) {
+            return true;
+        }
+    }
+    return false;
+}
+
 enum rk_status rpc_call_outcome(struct rk_rpc_channel *channel, const char *path,
                                 grpc_status_code code, const grpc_metadata_array *trailer,
                                 const grpc_slice *message, struct rk_error *error)
@@ -151,6 +173,9 @@ enum rk_status rpc_call_outcome(struct rk_rpc_channel *channel, const char *path
          * process wrote to the same connection: that one is of no use any more. */
         channel_renew(channel);
         status = RK_ERR_UNAVAILABLE;
+    }
+    if (status == RK_ERR_UNAVAILABLE && is_our_own_trouble(text)) {
+        status = RK_ERR_NO_MEMORY; /* The peer may be in the best of health. */
     }
     /* Cut from the right, so that who and what survive. */
     (void)rk_error_set(error, status, "%s", text[0] != '\0' ? text : rk_status_text(status));
@@ -245,6 +270,7 @@ enum rk_status rk_rpc_unary_until(struct rk_rpc_channel *channel, const char *pa
     rpc_sync_init(&unary.sync);
     grpc_metadata_array_init(&unary.initial);
     grpc_metadata_array_init(&unary.trailer);
+    rpc_channel_look(channel, unary.queue);
     unary_run(&unary, channel, path, buffer, until);
     status = unary_reply(&unary, channel, path, type, ret_reply, error);
 

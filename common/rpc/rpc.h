@@ -121,7 +121,9 @@ RK_MUST_CHECK enum rk_status rk_rpc_channel_create(const char *address,
                                                    struct rk_error *error);
 void rk_rpc_channel_destroy(struct rk_rpc_channel *channel); /* accepts NULL */
 
-/* reply: of `type`, caller frees with rk_rpc_message_free. */
+/* reply: of `type`, caller frees with rk_rpc_message_free. RK_ERR_NO_MEMORY, not answered by the
+ * peer: this process had no descriptor or memory for the connection, which says nothing of the
+ * peer. */
 RK_MUST_CHECK enum rk_status rk_rpc_unary(struct rk_rpc_channel *channel, const char *path,
                                           const struct ProtobufCMessage *request,
                                           const struct ProtobufCMessageDescriptor *type,

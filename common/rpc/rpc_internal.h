@@ -82,6 +82,9 @@ struct rpc_batch {
     bool ok;                      /* valid once not pending */
 };
 
+/* Takes up what happened to the sockets of all channels since somebody worked them: without it a
+ * call would be sent over a connection whose end is known to the kernel already. Does not wait. */
+void rpc_queue_look(grpc_completion_queue *queue);
 /* Of plucked batches, none of which is under way. */
 void rpc_queue_destroy(grpc_completion_queue *queue);
 void rpc_batch_init(struct rpc_batch *batch, struct rpc_sync *sync);
@@ -137,9 +140,12 @@ struct rk_rpc_channel {
     int64_t made_ns;
     char *address;
     atomic_uint refs; /* the owner, and each stream */
+    _Atomic int64_t used_ns;
 };
 
 void rpc_channel_ref(struct rk_rpc_channel *channel);
+/* Before a call: rpc_queue_look, unless the channel was in use a moment ago. */
+void rpc_channel_look(struct rk_rpc_channel *channel, grpc_completion_queue *queue);
 grpc_call *rpc_channel_call(struct rk_rpc_channel *channel, grpc_completion_queue *queue,
                             const char *path, int timeout_ms);
 void rpc_channel_unref(struct rk_rpc_channel *channel);

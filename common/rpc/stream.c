@@ -58,6 +58,7 @@ static enum rk_status stream_open(struct rk_rpc_channel *channel, const char *pa
     stream->until.deadline_ns = rk_deadline_in_ms((int64_t)timeout_ms + DEADLINE_SLACK_MS);
     rpc_sync_init(&stream->sync);
     stream->queue = grpc_completion_queue_create_for_pluck(NULL);
+    rpc_channel_look(channel, stream->queue);
     struct rpc_batch *batches[] = {&stream->opening, &stream->sending, &stream->receiving,
                                    &stream->ending};
     for (size_t i = 0; i < sizeof(batches) / sizeof(batches[0]); i++) {

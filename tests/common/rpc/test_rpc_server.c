@@ -18,6 +18,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -335,6 +336,70 @@ static void peer_killed_is_noticed_and_found_again(void **state)
     assert_int_equal(waitpid(pid, NULL, 0), pid);
 }
 
+/* A peer that was replaced while nobody called: the next call must not be sent to the dead. */
+static void an_idle_channel_finds_a_restarted_peer(void **state)
+{
+    char address[64];
+    int port = 0;
+    (void)state;
+    pid_t pid = peer_start("127.0.0.1:0", &port); /* Not here: our own server would poll for us. */
+    struct rk_rpc_channel *channels[3];
+    (void)snprintf(address, sizeof(address), "127.0.0.1:%d", port);
+    for (int round = 0; round < 5; round++) {
+        for (int i = 0; i < 3; i++) {
+            channels[i] = channel_to(port);
+            assert_int_equal(ask(channels[i], ECHO_UNARY, LONG_MS, NULL), RK_OK);
+        }
+        assert_int_equal(kill(pid, SIGKILL), 0);
+        assert_int_equal(waitpid(pid, NULL, 0), pid);
+        pid = peer_start(address, &port);
+        rk_clock_sleep_ms(50); /* Idle, not in use a moment ago. */
+        for (int i = 0; i < 3; i++) {
+            assert_int_equal(ask(channels[i], ECHO_UNARY, LONG_MS, NULL), RK_OK);
+            rk_rpc_channel_destroy(channels[i]);
+        }
+    }
+    assert_int_equal(kill(pid, SIGKILL), 0);
+    assert_int_equal(waitpid(pid, NULL, 0), pid);
+    assert_null(getenv("GRPC_CLIENT_CHANNEL_BACKUP_POLL_INTERVAL_MS")); /* Not ours to write. */
+}
+
+/* Without a descriptor for the connection nothing is known of the peer. */
+static void want_of_descriptors_is_no_word_about_the_peer(void **state)
+{
+    struct echo_service service = {0};
+    struct rk_error error = {.text = ""};
+    struct rlimit before;
+    int held[64];
+    int num = 0;
+    (void)state;
+    struct rk_rpc_server *server = server_start(&service, 2, "127.0.0.1:0");
+    struct rk_rpc_channel *channel = channel_to(rk_rpc_server_port(server));
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &before), 0);
+    struct rlimit few = {.rlim_cur = 64, .rlim_max = before.rlim_max};
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &few), 0);
+    while (num < 64 && (held[num] = dup(STDERR_FILENO)) >= 0) {
+        num++;
+    }
+    enum rk_status status = ask(channel, ECHO_UNARY, 2000, &error);
+    while (num > 0) {
+        close(held[--num]);
+    }
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &before), 0);
+    if (status != RK_ERR_NO_MEMORY) {
+        fail_msg("%s: %s", rk_status_name(status), error.text);
+    }
+    assert_false(error.answered);
+    int64_t deadline_ns = rk_deadline_in_ms(5000);
+    while (ask(channel, ECHO_UNARY, LONG_MS, NULL) != RK_OK &&
+           rk_deadline_left_ms(deadline_ns) > 0) {
+        rk_clock_sleep_ms(20);
+    }
+    assert_int_equal(ask(channel, ECHO_UNARY, LONG_MS, NULL), RK_OK);
+    rk_rpc_channel_destroy(channel);
+    rk_rpc_server_destroy(server);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -347,6 +412,8 @@ int main(void)
         cmocka_unit_test(stop_cancels_running_calls),
         cmocka_unit_test(stop_waits_for_running_calls),
         cmocka_unit_test(peer_killed_is_noticed_and_found_again),
+        cmocka_unit_test(an_idle_channel_finds_a_restarted_peer),
+        cmocka_unit_test(want_of_descriptors_is_no_word_about_the_peer),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
