@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Model-checks with spin the protocol of puts and reads (kvstore_protocol.pml, P1 to P7) and a
-# reader's connection with its guard (reader_connection.pml, P8 to P10) over all interleavings of
-# some sizes, then itself: every seeded bug must be found by the property it breaks. One core, about a minute, at most 2 GB. An error, a search that is not
-# complete or a bug that is not found fails.
+# Model-checks with spin the protocol of puts and reads (kvstore_protocol.pml, P1 to P7), a reader's
+# connection with its guard (reader_connection.pml, P8 to P10) and a value with its two places
+# (value_places.pml, P11) over all interleavings of some sizes, then itself: every seeded bug must be
+# found by the property it breaks. One core, about a minute, at most 2 GB. An error, a search that is
+# not complete or a bug that is not found fails.
 # usage: tests/model/run.sh            needs spin and gcc
 set -euo pipefail
 export LC_ALL=C
@@ -129,7 +130,17 @@ holds "a forked copy that refuses its calls" "-DFORK -DBUG_NO_ECHO"
 holds "one that calls, and answers that say what they are" "-DFORK -DBUG_FORK_ASKS"
 echo "P10 an answer is to what was asked: holds, assertion, $total states"
 
+about value_places
+total=0
+holds "a value at 2 stores, 3 writes, 4 events" ""
+holds "the first store joins later" "-DJOINS"
+echo "P11 no get answers what is older than a write: holds, assertion, $total states"
+
 echo "seeded bugs:"
+found "a store comes back with what it had" P11 "-DBUG_COMES_BACK_WITH_VALUES"
+found "a store that does not answer counts as empty" P11 "-DBUG_SILENT_COUNTS_AS_EMPTY"
+found "a put asks nobody" P11 "-DBUG_PUT_ASKS_NOBODY"
+about reader_connection
 found "rubbish ends the pins of a living reader" P8 "-DBUG_CLOSE_UNPINS"
 found "refusals end the pins of a living reader" P8 "-DBUG_CLOSE_ON_REFUSAL"
 found "the seal is broken after the room is given away" P9 \
