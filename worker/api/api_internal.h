@@ -112,9 +112,7 @@ enum rk_status session_add_located(struct session *session, struct rk_kv_locatio
                                    const char *label, struct rk_error *error);
 uint32_t session_num_tokens(const struct session *session); /* segments and prompt */
 /* Is the segment stored already? (put) */
-/* RK_ERR_UNAVAILABLE: the coordinator is silent, so that it could not be stored either. */
-enum rk_status session_check_stored(struct session *session, bool *ret_stored,
-                                    struct rk_error *error);
+bool session_segment_stored(struct session *session);
 
 /* For session_run.c. */
 enum rk_status session_reserve(struct session *session, uint32_t tokens_max,

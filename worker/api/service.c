@@ -393,10 +393,8 @@ static enum rk_status put_segment(struct api *api, struct rk_rpc_call *call,
     struct running running = {.api = api, .call = call};
     reply.bytes =
         rk_kv_pages_total(&api->layout, segment->num_tokens) * rk_kv_page_bytes(&api->layout);
-    bool stored = false;
-    status = session_check_stored(session, &stored, error);
-    reply.already_stored = stored;
-    if (status == RK_OK && !stored) {
+    reply.already_stored = session_segment_stored(session);
+    if (!reply.already_stored) {
         struct session_run run = {.on_event = put_event, .context = &running};
         status = session_put(session, &run, &reply.bytes, error);
     }

@@ -206,25 +206,14 @@ uint32_t session_num_tokens(const struct session *session)
     return sum > UINT32_MAX ? UINT32_MAX : (uint32_t)sum;
 }
 
-enum rk_status session_check_stored(struct session *session, bool *ret_stored,
-                                    struct rk_error *error)
+bool session_segment_stored(struct session *session)
 {
     struct session_segment *segment = &session->segments[0];
     rk_kv_locations_free(&segment->alone, 1);
     segment->alone = (struct rk_kv_location){0};
     struct rk_until until = session_wait(session);
-    enum rk_status status = locate(session, &segment->id, 1, false, &until, &segment->alone, error);
-    if (status != RK_OK) {
-        return status;
-    }
-    /* Of a segment whose store is down the coordinator still knows how long it is. */
-    if (segment->alone.status == RK_MISS_NODE_DOWN && segment->alone.num_tokens == 0) {
-        return rk_error_set(error, RK_ERR_UNAVAILABLE,
-                            "the coordinator does not answer, so the segment could not be stored; "
-                            "nothing was computed");
-    }
-    *ret_stored = segment->alone.status == RK_OK;
-    return RK_OK;
+    return locate(session, &segment->id, 1, false, &until, &segment->alone, NULL) == RK_OK &&
+           segment->alone.status == RK_OK;
 }
 
 /* ---- Locate and plan ---- */
