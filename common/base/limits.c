@@ -86,13 +86,12 @@ static void cpus_of_group(const char *folder, bool v2, struct rk_limits *limits)
     char text[128];
     if (v2) {
         (void)snprintf(path, sizeof(path), "%s/cpu.max", folder);
-        unsigned long long numbers[2];
-        if (!read_text(path, text, sizeof(text)) ||
-            sscanf(text, "%llu %llu", &numbers[0], &numbers[1]) != 2) {
+        char *end = text;
+        if (!read_text(path, text, sizeof(text))) {
             return;
         }
-        quota = numbers[0];
-        period = numbers[1];
+        quota = strtoull(text, &end, 10); /* "max" gives 0 */
+        period = strtoull(end, NULL, 10);
     } else if (!read_number(folder, "cpu.cfs_quota_us", "", &quota) ||
                !read_number(folder, "cpu.cfs_period_us", "", &period)) {
         return;
