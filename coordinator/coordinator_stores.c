@@ -15,10 +15,9 @@ static enum rk_status out_of_memory(struct rk_error *error)
     return rk_error_set(error, RK_ERR_NO_MEMORY, "the coordinator is out of memory");
 }
 
-/* share: of slow start. */
 static Redknot__V1__ListStoresReply__Store *store_message(struct arena *arena,
                                                           const struct index_node *node,
-                                                          double share)
+                                                          double weight)
 {
     Redknot__V1__ListStoresReply__Store *store = arena_alloc(arena, 1, sizeof(*store));
 
@@ -27,8 +26,7 @@ static Redknot__V1__ListStoresReply__Store *store_message(struct arena *arena,
     }
     redknot__v1__list_stores_reply__store__init(store);
     store->endpoint = coordinator_endpoint_message(arena, node);
-    /* As if empty: clients that hash keys over nodes agree over time only if weights rest. */
-    store->weight = placement_weight(node->info->capacity_bytes, 0) * share;
+    store->weight = weight;
     return store->endpoint == NULL ? NULL : store;
 }
 
@@ -68,18 +66,26 @@ uint64_t coordinator_values_mark(struct coordinator *coordinator, struct index_n
     return node->values_mark;
 }
 
-static bool listed(struct coordinator *coordinator, const struct index_node *node, int64_t now_ns)
+/* Its weight; 0: it is not listed. At the beginning of its slow start a store has no share yet. */
+static double weight_of(struct coordinator *coordinator, const struct index_node *node,
+                        double factor_max, int64_t now_ns)
 {
-    return !node->values_old && index_node_usable(coordinator->index, node, now_ns);
+    double factor = index_node_factor(coordinator->index, node, now_ns);
+
+    if (node->values_old || !index_node_usable(coordinator->index, node, now_ns)) {
+        return 0.0;
+    }
+    /* As if empty: clients that hash keys over nodes agree over time only if weights rest. */
+    return placement_weight(node->info->capacity_bytes, 0) * liveness_share(factor, factor_max);
 }
 
 /* Under index_lock: those left out of a list are out of date from now on. */
-static void mark_left_out(struct coordinator *coordinator, int64_t now_ns)
+static void mark_left_out(struct coordinator *coordinator, double factor_max, int64_t now_ns)
 {
     for (struct index_node *node = index_nodes(coordinator->index); node != NULL;
          node = node->hh.next) {
         if (node->info->role == REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE && !node->values_old &&
-            !listed(coordinator, node, now_ns)) {
+            !(weight_of(coordinator, node, factor_max, now_ns) > 0.0)) {
             node->values_old = true;
             node->values_mark = 0;
         }
@@ -100,26 +106,25 @@ static enum rk_status fill_stores(struct coordinator *coordinator, struct arena 
         return RK_ERR_NO_MEMORY;
     }
     for (struct index_node *node = first; node != NULL; node = node->hh.next) {
-        double factor = index_node_factor(coordinator->index, node, now_ns);
+        double weight = weight_of(coordinator, node, factor_max, now_ns);
 
         if (node->info->role != REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE) {
             continue;
         }
-        if (!listed(coordinator, node, now_ns)) {
+        if (!(weight > 0.0)) {
             reply->absent[reply->n_absent] = absent_message(coordinator, arena, node, now_ns);
             if (reply->absent[reply->n_absent++] == NULL) {
                 return RK_ERR_NO_MEMORY;
             }
             continue;
         }
-        reply->stores[reply->n_stores] =
-            store_message(arena, node, liveness_share(factor, factor_max));
+        reply->stores[reply->n_stores] = store_message(arena, node, weight);
         if (reply->stores[reply->n_stores++] == NULL) {
             return RK_ERR_NO_MEMORY;
         }
     }
     if (reply->n_stores > 0) {
-        mark_left_out(coordinator, now_ns);
+        mark_left_out(coordinator, factor_max, now_ns);
     }
     return RK_OK;
 }

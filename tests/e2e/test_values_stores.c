@@ -7,6 +7,7 @@
  */
 #include "client/values.h"
 #include "tests/e2e/cluster.h"
+#include "tests/e2e/value_bytes.h"
 
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
@@ -184,6 +185,55 @@ static void a_batch_says_what_did_not_stay(void **state)
     rk_free(data);
 }
 
+/* More views than one connection may pin, and then so many new values that all else is evicted. */
+static void views_beyond_one_connection_stay_whole(void **state)
+{
+    enum { VIEWS = 5000, BYTES = 4096, BATCH = 250, MORE = 24000 };
+    static char name[VIEWS][16];
+    static struct rk_value_key names[VIEWS];
+    static struct rk_value_views views[VIEWS / BATCH];
+    static uint8_t data[BYTES];
+    (void)state;
+    for (unsigned i = 0; i < VIEWS + MORE; i++) {
+        char text[16];
+        struct rk_value_put put = {
+            .key = {text, (size_t)snprintf(text, sizeof(text), "view/%u", i)},
+            .data = data,
+            .bytes = BYTES};
+        value_fill(i, data, BYTES);
+        assert_int_equal(rk_values_put(values, &put, 1, WAIT_MS, NULL), RK_OK);
+        assert_int_equal(put.status, RK_OK);
+        if (i >= VIEWS) {
+            continue;
+        }
+        memcpy(name[i], text, sizeof(text));
+        names[i] = (struct rk_value_key){name[i], put.key.bytes};
+        if (i % BATCH == BATCH - 1) {
+            assert_int_equal(rk_values_view(values, &names[i + 1 - BATCH], BATCH, WAIT_MS,
+                                            &views[i / BATCH], NULL),
+                             RK_OK);
+        }
+    }
+    for (unsigned i = 0; i < VIEWS; i++) {
+        const struct rk_value_view *view = &views[i / BATCH].views[i % BATCH];
+        assert_int_equal(view->status, RK_OK);
+        assert_int_equal(value_compare(i, view->parts[0].data, BYTES), BYTES);
+    }
+    for (unsigned i = 0; i < VIEWS / BATCH; i++) {
+        assert_int_equal(rk_values_view_check(values, &views[i]), RK_OK);
+    }
+    /* A store that is gone vouches for nothing. */
+    process_kill(&cluster.store, SIGKILL);
+    unsigned lost = 0;
+    for (unsigned i = 0; i < VIEWS / BATCH; i++) {
+        lost += rk_values_view_check(values, &views[i]) == RK_MISS_NODE_DOWN;
+        rk_values_release(values, &views[i]);
+    }
+    assert_int_equal(lost, VIEWS / BATCH);
+    process_start(&cluster.store);
+    cluster_wait(&cluster, 2, 0);
+}
+
 static void a_key_that_is_none_hurts_no_other(void **state)
 {
     static char long_key[257];
@@ -232,6 +282,7 @@ int main(void)
         cmocka_unit_test(a_store_that_went_on_brings_nothing_back),
         cmocka_unit_test(a_store_that_joins_and_leaves_changes_nothing),
         cmocka_unit_test(a_batch_says_what_did_not_stay),
+        cmocka_unit_test(views_beyond_one_connection_stay_whole),
     };
     return cmocka_run_group_tests(tests, group_set_up, group_tear_down);
 }
