@@ -26,6 +26,10 @@
 #include "common/base/until.h"
 #include "common/transport/transport.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 struct rk_kv_client;
 
 struct rk_kv_client_options {
@@ -118,5 +122,9 @@ RK_MUST_CHECK enum rk_status rk_kv_drop_copy(struct rk_kv_client *client,
                                              struct rk_error *error);
 /* The node that a page of location was read from, borrowed from location; "" when there is none. */
 const char *rk_kv_location_node(const struct rk_kv_location *location, const struct rk_extent *of);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

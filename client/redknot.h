@@ -37,6 +37,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define RK_CLIENT_API __attribute__((visibility("default")))
 
 struct rk_client;
@@ -74,6 +78,15 @@ struct rk_segment_input {
     const char *label;              /* for people: a file name; or NULL */
 };
 
+/* Where a segment's KV came from. */
+enum rk_segment_source {
+    RK_SOURCE_OTHER = 0,         /* a name that this version does not know */
+    RK_SOURCE_CHAIN = 1,         /* "chain": stored, computed behind just what is before it here */
+    RK_SOURCE_SEGMENT = 2,       /* "segment": stored, computed alone */
+    RK_SOURCE_COMPUTE = 3,       /* "compute": computed now, behind what is before it */
+    RK_SOURCE_COMPUTE_ALONE = 4, /* "compute_alone": computed now, as if it were alone */
+};
+
 /* What happened to one segment. Strings belong to the report. */
 struct rk_segment_report {
     struct rk_id segment_id;
@@ -82,8 +95,9 @@ struct rk_segment_report {
     uint32_t num_tokens;
     uint32_t tokens_reused;
     uint32_t tokens_computed;
-    const char *source; /* "chain", "segment", "computed" */
-    const char *miss;   /* why it was not reused, such as "MISS_ABSENT"; "" if it was */
+    const char *source; /* as the worker names it: that of the enumerator below */
+    enum rk_segment_source source_kind;
+    const char *miss; /* why it was not reused, such as "MISS_ABSENT"; "" if it was */
     uint64_t bytes_fetched;
     const char *path; /* "shm", "grpc", ... */
     const char *tier; /* "dram", "hbm", "nvme", "none" */
@@ -307,5 +321,9 @@ RK_MUST_CHECK RK_CLIENT_API enum rk_status rk_client_drop(struct rk_client *clie
                                                           const struct rk_id *ids, size_t num_ids,
                                                           uint32_t *ret_dropped,
                                                           struct rk_error *error);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

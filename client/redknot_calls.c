@@ -103,6 +103,20 @@ void rk_report_clear(struct rk_report *report)
 }
 
 /* On RK_OK the report owns the message. */
+static enum rk_segment_source source_kind(const char *name)
+{
+    static const char *const names[] = {[RK_SOURCE_CHAIN] = "chain",
+                                        [RK_SOURCE_SEGMENT] = "segment",
+                                        [RK_SOURCE_COMPUTE] = "compute",
+                                        [RK_SOURCE_COMPUTE_ALONE] = "compute_alone"};
+    for (size_t i = RK_SOURCE_CHAIN; i < sizeof(names) / sizeof(names[0]); i++) {
+        if (strcmp(name, names[i]) == 0) {
+            return (enum rk_segment_source)i;
+        }
+    }
+    return RK_SOURCE_OTHER;
+}
+
 static enum rk_status report_take(const Redknot__V1__Report *from, ProtobufCMessage *owner,
                                   struct rk_report *report, struct rk_error *error)
 {
@@ -120,6 +134,7 @@ static enum rk_status report_take(const Redknot__V1__Report *from, ProtobufCMess
                                        .tokens_reused = segment->tokens_reused,
                                        .tokens_computed = segment->tokens_computed,
                                        .source = segment->source,
+                                       .source_kind = source_kind(segment->source),
                                        .miss = segment->miss,
                                        .bytes_fetched = segment->bytes_fetched,
                                        .path = rk_path_name((enum rk_path)segment->path),

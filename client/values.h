@@ -37,6 +37,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define RK_VALUES_API __attribute__((visibility("default")))
 
 struct rk_values;
@@ -163,5 +167,9 @@ RK_VALUES_API int rk_values_event_fd(const struct rk_values *values);
 RK_VALUES_API size_t rk_values_drain(struct rk_values *values,
                                      struct rk_value_completion *ret_completions,
                                      size_t completions_max);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -17,6 +17,10 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define RK_HOST_BYTES    256                  /* with the final NUL; a DNS name has at most 253 */
 #define RK_ADDRESS_BYTES (RK_HOST_BYTES + 16) /* of "[host]:port" with the final NUL */
 
@@ -46,5 +50,9 @@ RK_MUST_CHECK enum rk_status rk_address_with_port(const char *listen, int port,
                                                   struct rk_error *error);
 /* 0.0.0.0, [::] and the like, in any spelling: all interfaces, which others cannot call. */
 bool rk_address_is_any(const struct rk_address *address);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

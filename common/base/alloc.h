@@ -8,6 +8,10 @@
 
 #include <stddef.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* All return NULL when memory is out (or a test says so). Free with rk_free. */
 void *rk_alloc(size_t bytes);
 void *rk_alloc_zero(size_t count, size_t bytes_each); /* checks for overflow */
@@ -20,5 +24,9 @@ void rk_free(void *block); /* accepts NULL */
 
 /* Let `calls` more allocations through, then fail one... and all after it until reset with -1. */
 void rk_alloc_fail_after(long calls);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

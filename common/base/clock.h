@@ -9,6 +9,10 @@
 
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define RK_DEADLINE_NEVER INT64_MAX
 
 int64_t rk_clock_ns(void); /* monotonic */
@@ -17,5 +21,9 @@ int64_t rk_deadline_in_ms(int64_t timeout_ms);
 /* Milliseconds left, rounded up, 0 if passed, at most INT_MAX: fits poll(2). */
 int rk_deadline_left_ms(int64_t deadline_ns);
 void rk_clock_sleep_ms(int64_t ms);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

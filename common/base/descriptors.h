@@ -16,6 +16,10 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define RK_DESCRIPTORS_MIN 48 /* below it a daemon has none for its clients */
 
 /* Raises the soft limit to the hard one, up to a million. For rk_service_init(). */
@@ -39,5 +43,9 @@ bool rk_descriptors_admit(int fd, bool of_reserve);
  * little later. RK_ERR_IO: the listening socket is none any more (errno says why).
  */
 RK_MUST_CHECK enum rk_status rk_descriptors_accept(int listener, int *spare, int *ret_fd);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -11,6 +11,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define RK_SHA256_BYTES 32
 
 struct rk_sha256;
@@ -25,5 +29,9 @@ void rk_sha256_once(const void *data, size_t bytes, uint8_t ret_digest[RK_SHA256
 
 /* The checksum of a page: over all its bytes, seed 0. */
 uint64_t rk_hash_xxh3(const void *data, size_t bytes);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

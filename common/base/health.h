@@ -13,6 +13,10 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define RK_HEALTH_REASON_BYTES 160
 
 struct rk_health_check {
@@ -29,5 +33,9 @@ void rk_health_add(struct rk_health_check *check);
 void rk_health_remove(struct rk_health_check *check);
 /* True: all are well. Else "name: reason" of each that is not, a line for each, cut to the room. */
 bool rk_health_ask(char *ret_text, size_t text_bytes);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

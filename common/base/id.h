@@ -18,6 +18,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define RK_ID_BYTES     32
 #define RK_ID_HEX_BYTES 65 /* with the final NUL */
 
@@ -40,5 +44,9 @@ bool rk_id_equal(const struct rk_id *a, const struct rk_id *b);
 bool rk_id_is_zero(const struct rk_id *id);
 /* For hash tables: ids are uniform already. */
 uint64_t rk_id_hash(const struct rk_id *id);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

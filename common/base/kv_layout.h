@@ -13,6 +13,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define RK_PAGE_TOKENS 64
 
 /* Limits that every parser of a layout applies; they keep all products below in 64 bits. */
@@ -57,5 +61,9 @@ uint32_t rk_kv_pages(uint32_t num_tokens);
 uint64_t rk_kv_pages_total(const struct rk_kv_layout *layout, uint32_t num_tokens);
 bool rk_head_range_valid(const struct rk_head_range *range, const struct rk_kv_layout *layout);
 uint32_t rk_head_range_heads(const struct rk_head_range *range); /* (layer, head) pairs */
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -16,6 +16,10 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 enum rk_log_level { RK_LOG_LEVEL_DEBUG, RK_LOG_LEVEL_INFO, RK_LOG_LEVEL_WARN, RK_LOG_LEVEL_ERROR };
 
 /* component: such as "kvstore"; kept by pointer. */
@@ -49,5 +53,9 @@ bool rk_log_allowed(struct rk_log_limit *limit, unsigned *ret_more);
 #define RK_LOG_INFO(...)  rk_log(RK_LOG_LEVEL_INFO, __VA_ARGS__)
 #define RK_LOG_WARN(...)  rk_log(RK_LOG_LEVEL_WARN, __VA_ARGS__)
 #define RK_LOG_ERROR(...) rk_log(RK_LOG_LEVEL_ERROR, __VA_ARGS__)
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

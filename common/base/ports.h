@@ -13,6 +13,12 @@
 #ifndef RK_COMMON_BASE_PORTS_H
 #define RK_COMMON_BASE_PORTS_H
 
+#include <assert.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define RK_PORT_COORDINATOR 7100
 #define RK_PORT_STORE       7101 /* of the first one */
 #define RK_PORT_WORKER      7120
@@ -28,11 +34,15 @@
 #define RK_LISTEN_WORKER       "127.0.0.1:7120"
 #define RK_METRICS_WORKER      "127.0.0.1:7220"
 
-_Static_assert(RK_PORT_STORE + RK_PORTS_OF_A_KIND <= RK_PORT_WORKER, "stores end before workers");
-_Static_assert(RK_PORT_WORKER + RK_PORTS_OF_A_KIND <= RK_PORT_COORDINATOR + RK_PORTS_METRICS,
-               "gRPC ports end before metrics ports");
-_Static_assert(RK_PORT_WORKER + RK_PORTS_OF_A_KIND + RK_PORTS_METRICS ==
-                   RK_PORT_COORDINATOR + RK_PORTS_SPAN,
-               "the span is that of all ports");
+static_assert(RK_PORT_STORE + RK_PORTS_OF_A_KIND <= RK_PORT_WORKER, "stores end before workers");
+static_assert(RK_PORT_WORKER + RK_PORTS_OF_A_KIND <= RK_PORT_COORDINATOR + RK_PORTS_METRICS,
+              "gRPC ports end before metrics ports");
+static_assert(RK_PORT_WORKER + RK_PORTS_OF_A_KIND + RK_PORTS_METRICS ==
+                  RK_PORT_COORDINATOR + RK_PORTS_SPAN,
+              "the span is that of all ports");
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

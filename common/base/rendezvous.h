@@ -16,11 +16,19 @@
 
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define RK_RENDEZVOUS_NODE_ID_BYTES 256 /* of a longer node id only so many count */
 
 /* index tells apart what has one key: the shards of a segment, the replicas of a value.
  * weight > 0. The result is part of the placement: it must never change. */
 double rk_rendezvous_score(const struct rk_id *key, uint32_t index, const char *node_id,
                            double weight);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

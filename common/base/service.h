@@ -17,6 +17,10 @@
 
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /*
  * Blocks SIGTERM and SIGINT, so that all threads started later inherit that and
  * only rk_service_wait() takes them; ignores SIGPIPE, for a lost peer is a status
@@ -66,5 +70,9 @@ const char *rk_service_cluster(void);
  */
 RK_MUST_CHECK enum rk_status rk_size_parse(const char *text, uint64_t *ret_bytes,
                                            struct rk_error *error);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

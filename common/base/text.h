@@ -19,6 +19,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* ---- UTF-8 (RFC 3629: no overlong forms, no surrogates, at most U+10FFFF) ---- */
 
 /* Bytes of the character at text, 1 to 4; 0 when it is none, or not whole within `bytes`. Looks no
@@ -67,5 +71,9 @@ char *rk_text_escaped(const void *text, size_t bytes);
 char *rk_text_json(const void *text, size_t bytes);
 /* In place: a byte that no name may have becomes '?'. */
 void rk_text_clean(char *text);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -10,6 +10,10 @@
 
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define RK_VALUE_KEY_BYTES_MAX 256u
 #define RK_VALUE_BYTES_MAX     (UINT64_C(1) << 30)
 #define RK_VALUE_PAGE_BYTES    65536u
@@ -23,5 +27,9 @@ static inline uint64_t rk_value_pages(uint64_t value_bytes)
 {
     return (value_bytes + RK_VALUE_PAGE_BYTES - 1) / RK_VALUE_PAGE_BYTES;
 }
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

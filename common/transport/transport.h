@@ -43,6 +43,10 @@
 
 #include <stdbool.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define RK_TRANSPORT_ITEMS_MAX 256 /* of one batch */
 
 /* Values are those of redknot.v1.Path and redknot.v1.Tier. */
@@ -288,5 +292,9 @@ RK_MUST_CHECK enum rk_status rk_ucx_server_start(const struct rk_ucx_server_opti
                                                  struct rk_error *error);
 int rk_ucx_server_port(const struct rk_ucx_server *server);
 void rk_ucx_server_stop(struct rk_ucx_server *server); /* unpins all; accepts NULL */
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif
