@@ -1,13 +1,13 @@
 /* redknot-coordinator: options, start, wait, stop. */
 #include "common/base/address.h"
 #include "common/base/log.h"
+#include "common/base/number.h"
 #include "common/base/ports.h"
 #include "common/base/service.h"
 #include "common/metrics/metrics.h"
 #include "coordinator/coordinator.h"
 
 #include <argp.h>
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -64,17 +64,13 @@ static const struct argp_option option_list[] = {
 static uint32_t parse_number(struct argp_state *state, const char *name, const char *text,
                              uint32_t number_min, uint32_t number_max)
 {
-    char *end = NULL;
-    unsigned long long value;
+    uint64_t number = 0;
+    struct rk_error error;
 
-    errno = 0;
-    value = strtoull(text, &end, 10);
-    if (errno != 0 || end == text || *end != '\0' || text[0] == '-' || value < number_min ||
-        value > number_max) {
-        argp_error(state, "--%s: \"%s\" is not a whole number from %u to %u", name, text,
-                   number_min, number_max);
+    if (rk_number_parse(name, text, number_min, number_max, &number, &error) != RK_OK) {
+        argp_error(state, "--%s", error.text);
     }
-    return (uint32_t)value;
+    return (uint32_t)number;
 }
 
 static uint32_t parse_count(struct argp_state *state, const char *name, const char *text,

@@ -6,6 +6,7 @@
 #include "common/base/clock.h"
 #include "common/base/limits.h"
 #include "common/base/log.h"
+#include "common/base/number.h"
 #include "common/base/ports.h"
 #include "common/base/service.h"
 #include "common/base/text.h"
@@ -101,15 +102,15 @@ static uint64_t size_or_usage(const char *text, struct argp_state *state)
     return bytes;
 }
 
-static uint32_t count_or_usage(const char *text, uint32_t max, struct argp_state *state)
+static uint32_t count_or_usage(const char *option, const char *text, uint32_t max,
+                               struct argp_state *state)
 {
-    char *end = NULL;
-    errno = 0;
-    unsigned long value = strtoul(text, &end, 10);
-    if (errno || *end || text[0] < '0' || text[0] > '9' || value == 0 || value > max) {
-        argp_error(state, "\"%s\" is not a number from 1 to %u", text, max);
+    uint64_t number = 0;
+    struct rk_error error;
+    if (rk_number_parse(option, text, 1, max, &number, &error) != RK_OK) {
+        argp_error(state, "%s", error.text);
     }
-    return (uint32_t)value;
+    return (uint32_t)number;
 }
 
 static const char *address_or_usage(const char *text, enum rk_address_use use,
@@ -174,10 +175,10 @@ static error_t parse_option(int key, char *value, struct argp_state *state)
         settings->advertise = address_or_usage(value, RK_ADDRESS_CALL, state);
         return 0;
     case OPTION_SHARDS_MAX:
-        settings->shards_max = count_or_usage(value, 1u << 24, state);
+        settings->shards_max = count_or_usage("--shards-max", value, 1u << 24, state);
         return 0;
     case OPTION_STAGED_TTL:
-        settings->staged_ttl_ms = count_or_usage(value, 86400, state) * 1000;
+        settings->staged_ttl_ms = count_or_usage("--staged-ttl", value, 86400, state) * 1000;
         return 0;
     case OPTION_SCRUB_RATE:
         settings->scrub_rate = size_or_usage(value, state);

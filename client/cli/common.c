@@ -2,6 +2,7 @@
 #include "client/cli/cluster_internal.h"
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
+#include "common/base/number.h"
 #include "common/base/text.h"
 
 #include <errno.h>
@@ -58,14 +59,12 @@ const struct argp_child cli_common_children[] = {
 uint64_t cli_parse_uint(struct argp_state *state, const char *option, const char *text,
                         uint64_t min, uint64_t max)
 {
-    char *end = NULL;
-    errno = 0;
-    unsigned long long value = strtoull(text, &end, 10);
-    if (text[0] < '0' || text[0] > '9' || *end || errno || value < min || value > max) {
-        argp_error(state, "%s: \"%s\" is no whole number from %llu to %llu", option, text,
-                   (unsigned long long)min, (unsigned long long)max);
+    uint64_t number = 0;
+    struct rk_error error;
+    if (rk_number_parse(option, text, min, max, &number, &error) != RK_OK) {
+        argp_error(state, "%s", error.text);
     }
-    return value;
+    return number;
 }
 
 double cli_parse_double(struct argp_state *state, const char *option, const char *text, double min,
