@@ -303,7 +303,7 @@ static void stop_wait(struct cluster_process *process, int pidfd, int64_t deadli
 static uint32_t stop_role(struct cluster *cluster, enum cluster_role role, int64_t deadline_ns,
                           bool verbose)
 {
-    int pidfds[CLUSTER_PROCESSES_MAX];
+    int pidfds[CLUSTER_PROCESSES_MAX] = {0};
     uint32_t running = 0;
     for (uint32_t i = 0; i < cluster->num_processes; i++) {
         struct cluster_process *process = &cluster->processes[i];
@@ -424,10 +424,7 @@ static enum rk_status start_process(struct cluster *cluster, struct cluster_proc
         }
         add(&arguments, "--dram", cluster->settings.dram);
         add(&arguments, "--shm-socket", path);
-        if (strcmp(cluster->settings.path, "ucx") == 0) { /* Stores serve it only when asked to. */
-            add(&arguments, "--ucx", "auto");
-        }
-        if (strcmp(cluster->settings.path, "ucx") == 0) {
+        if (cluster->settings.path[0] == 'u') { /* UCX is served only when it is asked for. */
             add(&arguments, "--ucx", "auto");
         }
     }

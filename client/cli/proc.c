@@ -166,6 +166,26 @@ void proc_each_daemon(void (*visit)(void *context, const struct proc_daemon *dae
 
 /* ---- Who listens ---- */
 
+/* "sl: local:port remote:port state queues timer retransmits uid timeout inode ...", all but the
+ * last two in hex; 0 unless it listens on the port. */
+static unsigned long inode_of_line(char *line, uint16_t port)
+{
+    enum { LOCAL = 1, STATE = 3, INODE = 9 };
+    const char *fields[INODE + 1] = {NULL};
+    char *state = NULL;
+    int count = 0;
+    for (char *field = strtok_r(line, " ", &state); field && count <= INODE;
+         field = strtok_r(NULL, " ", &state)) {
+        fields[count++] = field;
+    }
+    const char *colon = count > INODE ? strrchr(fields[LOCAL], ':') : NULL;
+    if (!colon || strtoul(colon + 1, NULL, 16) != port ||
+        strtoul(fields[STATE], NULL, 16) != TCP_LISTEN) {
+        return 0;
+    }
+    return strtoul(fields[INODE], NULL, 10);
+}
+
 /* Inode of the socket that listens on the port; 0: none. Any address counts: 0.0.0.0 takes it. */
 static unsigned long listening_inode(const char *table, uint16_t port)
 {
@@ -173,14 +193,7 @@ static unsigned long listening_inode(const char *table, uint16_t port)
     unsigned long found = 0;
     FILE *file = fopen(table, "re");
     while (file && !found && fgets(line, sizeof(line), file)) {
-        unsigned local_port = 0;
-        unsigned state = 0;
-        unsigned long inode = 0;
-        if (sscanf(line, " %*d: %*[0-9A-Fa-f]:%x %*[0-9A-Fa-f]:%*x %x %*s %*s %*s %*s %*s %lu",
-                   &local_port, &state, &inode) == 3 &&
-            state == TCP_LISTEN && local_port == port) {
-            found = inode;
-        }
+        found = inode_of_line(line, port);
     }
     if (file) {
         (void)fclose(file);
