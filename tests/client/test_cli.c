@@ -4,6 +4,8 @@
  * Method: run the program with a table of arguments, against a port on which
  *         nobody listens, and compare exit code and output.
  */
+#include "tests/support/skip.h"
+
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -288,7 +290,7 @@ static void a_folder_of_another_user_orders_nothing(void **state)
     char path[192];
     char command[256];
     if (geteuid() != 0) {
-        skip();
+        test_skip("a folder of another user", "only root can make one");
     }
     pid_t child = fork();
     assert_true(child >= 0);
@@ -334,5 +336,5 @@ int main(void)
                                        cmocka_unit_test(output_that_cannot_be_written_is_a_failure),
                                        cmocka_unit_test(a_folder_of_another_user_orders_nothing),
                                        cmocka_unit_test(down_spares_a_reused_pid)};
-    return cmocka_run_group_tests(tests, make_files, remove_files);
+    return test_exit_code(cmocka_run_group_tests(tests, make_files, remove_files));
 }

@@ -6,6 +6,7 @@
  */
 #include "client/cli/cluster_internal.h"
 #include "common/base/alloc.h"
+#include "tests/support/skip.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -115,7 +116,7 @@ static void what_is_of_another_user_is_refused(void **state)
     (void)state;
     char text[512];
     if (geteuid() != 0) {
-        skip();
+        test_skip("a folder of another user", "only root can make one");
     }
     assert_int_equal(mkdir(at("theirs"), 0700), 0);
     assert_int_equal(mkdir(at("theirs/cluster"), 0700), 0);
@@ -241,5 +242,5 @@ int main(void)
         TEST(what_others_may_write_is_refused), TEST(what_is_of_another_user_is_refused),
         TEST(a_state_is_a_file_of_ours),        TEST(only_our_programs_of_our_user_are_signalled),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return test_exit_code(cmocka_run_group_tests(tests, NULL, NULL));
 }
