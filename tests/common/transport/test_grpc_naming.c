@@ -14,6 +14,7 @@
 #include "tests/common/transport/one_get.h"
 
 #include <arpa/inet.h>
+#include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -37,6 +38,21 @@ static struct {
     uint64_t incarnation;
     uint8_t page[4096];
 } said;
+static pthread_mutex_t said_lock = PTHREAD_MUTEX_INITIALIZER; /* calls run on other threads */
+
+#define SAY(field, value)                                                                          \
+    do {                                                                                           \
+        (void)pthread_mutex_lock(&said_lock);                                                      \
+        said.field = (value);                                                                      \
+        (void)pthread_mutex_unlock(&said_lock);                                                    \
+    } while (0)
+
+static enum rk_status say(struct rk_rpc_call *call, const struct ProtobufCMessage *reply)
+{
+    enum rk_status status = rk_rpc_call_send(call, reply);
+    (void)pthread_mutex_unlock(&said_lock);
+    return status;
+}
 
 static enum rk_status handle_get(struct rk_rpc_call *call, void *context, struct rk_error *error)
 {
@@ -48,6 +64,7 @@ static enum rk_status handle_get(struct rk_rpc_call *call, void *context, struct
         return status;
     }
     rk_rpc_message_free(message);
+    (void)pthread_mutex_lock(&said_lock);
     Redknot__V1__GetReply reply = REDKNOT__V1__GET_REPLY__INIT;
     Redknot__V1__GetReply__Found found = REDKNOT__V1__GET_REPLY__FOUND__INIT;
     Redknot__V1__GetReply__Item item = REDKNOT__V1__GET_REPLY__ITEM__INIT;
@@ -68,7 +85,7 @@ static enum rk_status handle_get(struct rk_rpc_call *call, void *context, struct
         item.checksums = &checksum;
         reply.data = (ProtobufCBinaryData){sizeof(said.page), said.page};
     }
-    return rk_rpc_call_send(call, &reply.base);
+    return say(call, &reply.base);
 }
 
 static enum rk_status handle_put(struct rk_rpc_call *call, void *context, struct rk_error *error)
@@ -83,6 +100,7 @@ static enum rk_status handle_put(struct rk_rpc_call *call, void *context, struct
             rk_rpc_message_free(message);
         }
     }
+    (void)pthread_mutex_lock(&said_lock);
     Redknot__V1__PutReply reply = REDKNOT__V1__PUT_REPLY__INIT;
     Redknot__V1__PutReply__Result result = REDKNOT__V1__PUT_REPLY__RESULT__INIT;
     Redknot__V1__PutReply__Result *results = &result;
@@ -91,7 +109,7 @@ static enum rk_status handle_put(struct rk_rpc_call *call, void *context, struct
     reply.results = &results;
     reply.node_id = (char *)(uintptr_t)said.node_id;
     reply.incarnation = said.incarnation;
-    return rk_rpc_call_send(call, &reply.base);
+    return say(call, &reply.base);
 }
 
 static enum rk_status handle_store_status(struct rk_rpc_call *call, void *context,
@@ -106,10 +124,11 @@ static enum rk_status handle_store_status(struct rk_rpc_call *call, void *contex
         return status;
     }
     rk_rpc_message_free(message);
+    (void)pthread_mutex_lock(&said_lock);
     Redknot__V1__StoreStatusReply reply = REDKNOT__V1__STORE_STATUS_REPLY__INIT;
     reply.node_id = (char *)(uintptr_t)said.node_id;
     reply.incarnation = said.incarnation;
-    return rk_rpc_call_send(call, &reply.base);
+    return say(call, &reply.base);
 }
 
 static struct rk_rpc_server *server;
@@ -180,18 +199,18 @@ static void replies_name_what_they_answer(void **state)
     (void)state;
     const struct rk_id id = rk_id_sha256("a", 1);
     const struct rk_id other = rk_id_sha256("b", 1);
-    said.node_id = "";
-    said.incarnation = 0;
+    SAY(node_id, "");
+    SAY(incarnation, 0);
     struct rk_transport *transport = connected("", 0);
-    said.status = "OK";
-    said.id = id;
-    said.generation = 3;
+    SAY(status, "OK");
+    SAY(id, id);
+    SAY(generation, 3);
     assert_int_equal(ask(transport, &id, 3, NULL), RK_OK);
     assert_int_equal(ask(transport, &id, 0, NULL), RK_OK); /* A value: the store's generation. */
     assert_int_equal(ask(transport, &id, 2, NULL), RK_ERR_UNAVAILABLE);
     assert_int_equal(ask(transport, &other, 3, NULL), RK_ERR_UNAVAILABLE);
     assert_int_equal(ask(transport, &other, 0, NULL), RK_ERR_UNAVAILABLE);
-    said.status = "MISS_ABSENT";
+    SAY(status, "MISS_ABSENT");
     assert_int_equal(ask(transport, &id, 3, NULL), RK_MISS_ABSENT);
     assert_int_equal(ask(transport, &other, 3, NULL), RK_ERR_UNAVAILABLE);
     rk_transport_destroy(transport);
@@ -210,21 +229,21 @@ static void replies_name_who_answers(void **state)
                          .bytes = sizeof(said.page)};
     const struct rk_until until = {.deadline_ns = rk_deadline_in_ms(WAIT_MS)};
     struct rk_error error = {.text = ""};
-    said.status = "OK";
-    said.id = id;
-    said.node_id = "store-1";
-    said.incarnation = 5;
+    SAY(status, "OK");
+    SAY(id, id);
+    SAY(node_id, "store-1");
+    SAY(incarnation, 5);
     struct rk_transport *transport = connected("store-1", 5);
     assert_non_null(transport);
     assert_int_equal(ask(transport, &id, 0, NULL), RK_OK);
     assert_int_equal(rk_transport_put(transport, &put, 1, &until, &error), RK_OK);
     assert_int_equal(put.status, RK_OK);
-    said.node_id = "store-2";
+    SAY(node_id, "store-2");
     assert_int_equal(ask(transport, &id, 0, &error), RK_ERR_UNAVAILABLE);
     assert_string_equal(error.text, "this is store-2, not store-1");
     assert_int_equal(rk_transport_put(transport, &put, 1, &until, &error), RK_ERR_UNAVAILABLE);
-    said.node_id = "store-1";
-    said.incarnation = 6;
+    SAY(node_id, "store-1");
+    SAY(incarnation, 6);
     assert_int_equal(ask(transport, &id, 0, &error), RK_ERR_UNAVAILABLE);
     assert_string_equal(error.text, "this is store-1, but started anew");
     rk_transport_destroy(transport);
@@ -246,8 +265,8 @@ static void a_silent_nearer_path_leaves_time(void **state)
     char folder[64] = "/tmp/redknot-test-XXXXXX";
     struct rk_transport *transport = NULL;
     (void)state;
-    said.node_id = "store-1";
-    said.incarnation = 5;
+    SAY(node_id, "store-1");
+    SAY(incarnation, 5);
     assert_non_null(mkdtemp(folder));
     (void)snprintf(to.sun_path, sizeof(to.sun_path), "%s/socket", folder);
     int fd = silent_listen(AF_UNIX, &to, sizeof(to));
