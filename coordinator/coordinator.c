@@ -147,6 +147,7 @@ enum rk_status coordinator_create(const struct coordinator_options *options,
     set_defaults(options, &coordinator->options);
     coordinator->ops = &metadata_rocksdb;
     coordinator->started_ns = rk_clock_ns();
+    coordinator->awake_ns = coordinator->settling_ns = coordinator->started_ns;
     init_locks(coordinator);
     coordinator_prober_init(coordinator);
     create_metrics(&coordinator->metrics);

@@ -59,6 +59,11 @@ struct coordinator {
     uint64_t epoch;
     uint64_t values_marks; /* made so far; under index_lock */
     int64_t started_ns;
+    /* Under index_lock: when this process last heard of anybody, and since when it hears again
+     * after a restart or a pause of its own (coordinator_stores.c). */
+    int64_t awake_ns;
+    int64_t settling_ns;
+    int64_t settled_before_ns; /* it was awake until then; 0: this process had not begun */
 
     pthread_mutex_t write_lock;
     const struct metadata_ops *ops;
@@ -211,6 +216,8 @@ Redknot__V1__Shard *coordinator_shard_message(struct arena *arena,
 Redknot__V1__StoreEndpoint *coordinator_endpoint_message(struct arena *arena,
                                                          const struct index_node *node);
 
+/* Notices a pause of our own. Under index_lock, before what was heard is noted. */
+void coordinator_awake(struct coordinator *coordinator, int64_t now_ns);
 /* Under index_lock. What a heartbeat tells a store whose values are out of date: a mark to say when
  * it has given them up; 0: nothing. said: by the heartbeat. */
 uint64_t coordinator_values_mark(struct coordinator *coordinator, struct index_node *node,

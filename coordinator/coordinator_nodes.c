@@ -105,6 +105,7 @@ enum rk_status coordinator_register(struct coordinator *coordinator, struct aren
     }
     if (status == RK_OK) {
         (void)pthread_mutex_lock(&coordinator->index_lock);
+        coordinator_awake(coordinator, rk_clock_ns());
         node = index_node_find(coordinator->index, info->node_id);
         bool same = node != NULL && node->info->incarnation == info->incarnation;
         status = index_node_register(coordinator->index, info, rk_clock_ns(), &node);
@@ -184,6 +185,7 @@ enum rk_status coordinator_heartbeat(struct coordinator *coordinator, struct are
     redknot__v1__heartbeat_reply__init(reply);
     reply->epoch = coordinator->epoch;
     (void)pthread_mutex_lock(&coordinator->index_lock);
+    coordinator_awake(coordinator, rk_clock_ns());
     node = index_node_find(coordinator->index, request->node_id);
     if (node == NULL || node->info->incarnation != request->incarnation) {
         reply->register_again = true;

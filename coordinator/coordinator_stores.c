@@ -66,6 +66,45 @@ uint64_t coordinator_values_mark(struct coordinator *coordinator, struct index_n
     return node->values_mark;
 }
 
+/* Whoever lives has reported within this time. */
+static int64_t settle_ms(const struct coordinator *coordinator)
+{
+    int64_t beats_ms = (int64_t)4 * coordinator->options.heartbeat_ms;
+
+    return beats_ms < coordinator->options.timeout_ms ? beats_ms : coordinator->options.timeout_ms;
+}
+
+void coordinator_awake(struct coordinator *coordinator, int64_t now_ns)
+{
+    if (now_ns - coordinator->awake_ns > settle_ms(coordinator) * 1000000 / 2) {
+        coordinator->settled_before_ns = coordinator->awake_ns;
+        coordinator->settling_ns = now_ns;
+    }
+    coordinator->awake_ns = now_ns;
+}
+
+/* After a restart or a pause of ours the first store to report would be alone on the list, and all
+ * others out of date. So nobody gets a list before all have reported that may live, or had their
+ * time to: clients go on with the one that they have. Under index_lock. */
+static const struct index_node *awaited(struct coordinator *coordinator, int64_t now_ns)
+{
+    int64_t timeout_ns = (int64_t)coordinator->options.timeout_ms * 1000000;
+
+    if (now_ns - coordinator->settling_ns > settle_ms(coordinator) * 1000000) {
+        return NULL;
+    }
+    for (struct index_node *node = index_nodes(coordinator->index); node != NULL;
+         node = node->hh.next) {
+        bool store = node->info->role == REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE;
+
+        if (store && node->heard_ns < coordinator->settling_ns &&
+            (node->heard_ns == 0 || node->heard_ns + timeout_ns > coordinator->settled_before_ns)) {
+            return node;
+        }
+    }
+    return NULL;
+}
+
 /* Its weight; 0: it is not listed. At the beginning of its slow start a store has no share yet. */
 static double weight_of(struct coordinator *coordinator, const struct index_node *node,
                         double factor_max, int64_t now_ns)
@@ -134,6 +173,8 @@ enum rk_status coordinator_list_stores(struct coordinator *coordinator, struct a
                                        ProtobufCMessage **ret_reply, struct rk_error *error)
 {
     Redknot__V1__ListStoresReply *reply = arena_alloc(arena, 1, sizeof(*reply));
+    const struct index_node *late;
+    int64_t now_ns;
     enum rk_status status;
 
     (void)message; /* It asks for nothing in particular. */
@@ -143,8 +184,19 @@ enum rk_status coordinator_list_stores(struct coordinator *coordinator, struct a
     redknot__v1__list_stores_reply__init(reply);
     reply->epoch = coordinator->epoch;
     (void)pthread_mutex_lock(&coordinator->index_lock);
-    status = fill_stores(coordinator, arena, reply);
+    now_ns = rk_clock_ns();
+    coordinator_awake(coordinator, now_ns);
+    late = awaited(coordinator, now_ns);
+    if (late != NULL) {
+        status = rk_error_set(error, RK_ERR_UNAVAILABLE,
+                              "the coordinator has just begun to hear its stores, and waits up to "
+                              "%lld ms for %s: try again then",
+                              (long long)settle_ms(coordinator), late->node_id);
+    } else {
+        status = fill_stores(coordinator, arena, reply);
+        status = status == RK_OK ? RK_OK : out_of_memory(error);
+    }
     (void)pthread_mutex_unlock(&coordinator->index_lock);
     *ret_reply = &reply->base;
-    return status == RK_OK ? RK_OK : out_of_memory(error);
+    return status;
 }

@@ -201,6 +201,17 @@ RK_MUST_CHECK enum rk_status kvstore_shard_extents(const struct kvstore_shard *s
                                                    uint64_t *ret_checksums, uint64_t *num_pages,
                                                    struct rk_error *error);
 
+/* ---- Doubt: may values be out of date? (doubt.c) ---- */
+
+/* From now on a store that did not tick for a second gives and takes no values (RK_MISS_NODE_DOWN,
+ * RK_ERR_UNAVAILABLE) until kvstore_values_trust. */
+void kvstore_values_watch(struct kvstore *store);
+/* Several times a second. Returns how many doubts there were. */
+uint64_t kvstore_values_tick(struct kvstore *store, bool *ret_sure);
+/* The coordinator answered what was asked after so many doubts. A second after the doubt at the
+ * earliest; the next answer will do. */
+void kvstore_values_trust(struct kvstore *store, uint64_t count);
+
 /* ---- Upkeep ---- */
 
 /* Drops staged shards whose time to live has passed at now_ns; returns how many. */

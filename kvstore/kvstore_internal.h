@@ -97,6 +97,15 @@ struct slot {
     UT_hash_handle hh;
 };
 
+/* doubt.c */
+struct values_doubt {
+    bool watched;
+    bool doubted;
+    int64_t ticked_ns;
+    int64_t since_ns;
+    uint64_t count; /* of doubts so far */
+};
+
 struct kvstore {
     pthread_mutex_t mutex;
     bool mutex_made;
@@ -114,6 +123,7 @@ struct kvstore {
     struct kvstore_stats stats;
     uint64_t value_generation; /* of the last value begun */
     uint64_t *evicted;         /* [EVICTED_SLOTS] hashes of names last seen evicted */
+    struct values_doubt doubt;
     struct kvstore_name *removed;
     size_t removed_begin;
     size_t removed_count;
@@ -148,6 +158,9 @@ bool kvstore_evict_one(struct kvstore *store);
 void kvstore_seal_break(struct kvstore *store, const struct kvstore_shard *shard);
 void kvstore_lru_add(struct kvstore *store, struct kvstore_shard *shard);
 void kvstore_lru_take(struct kvstore *store, struct kvstore_shard *shard);
+
+/* Are values neither given nor taken now? */
+bool kvstore_values_doubted(struct kvstore *store);
 
 /* Without the mutex. */
 void kvstore_lock(struct kvstore *store);

@@ -67,7 +67,8 @@ enum rk_status kvstore_pin_value(struct kvstore *store, const struct rk_id *id,
     struct kvstore_shard *shard = NULL;
     kvstore_lock(store);
     const struct kvstore_name name = {.kind = KVSTORE_VALUE, .segment_id = *id};
-    enum rk_status status = find_committed(store, &name, &shard);
+    enum rk_status status =
+        kvstore_values_doubted(store) ? RK_MISS_NODE_DOWN : find_committed(store, &name, &shard);
     pin_found(store, status, shard, ret_shard);
     kvstore_unlock(store);
     return status;

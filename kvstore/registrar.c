@@ -355,6 +355,8 @@ static enum rk_status heartbeat_call(struct registrar *registrar, size_t count,
     Redknot__V1__HeartbeatRequest request = REDKNOT__V1__HEARTBEAT_REQUEST__INIT;
     Redknot__V1__Shard *removed = rk_alloc_zero(count, sizeof(*removed));
     Redknot__V1__Shard **pointers = rk_alloc_zero(count, sizeof(*pointers));
+    bool sure = false;
+    uint64_t doubts = kvstore_values_tick(registrar->options.store, &sure);
     enum rk_status status = RK_ERR_NO_MEMORY;
     if (removed && pointers) {
         for (size_t i = 0; i < count; i++) {
@@ -382,6 +384,9 @@ static enum rk_status heartbeat_call(struct registrar *registrar, size_t count,
         *ret_register_again = reply->register_again || reply->epoch != registrar->epoch;
         registrar->heard_ns = rk_clock_ns();
         values_forget(registrar, reply->values_mark);
+        if (!*ret_register_again) {
+            kvstore_values_trust(registrar->options.store, doubts);
+        }
         if (count > 0) {
             registrar->num_pending -= count;
             memmove(registrar->pending, registrar->pending + count,
@@ -568,6 +573,7 @@ enum rk_status registrar_start(const struct registrar_options *options,
         goto fail;
     }
     registrar->running = true;
+    kvstore_values_watch(options->store);
     *ret_registrar = registrar;
     return RK_OK;
 

@@ -18,14 +18,27 @@
 
 #include <cmocka.h>
 
-static Redknot__V1__ListStoresReply *list_stores(struct fixture *f)
+static enum rk_status list_try(struct fixture *f, Redknot__V1__ListStoresReply **ret_reply)
 {
     Redknot__V1__ListStoresRequest request = REDKNOT__V1__LIST_STORES_REQUEST__INIT;
-    Redknot__V1__ListStoresReply *reply = NULL;
 
-    assert_int_equal(call(f, M("ListStores"), &request.base,
-                          &redknot__v1__list_stores_reply__descriptor, (ProtobufCMessage **)&reply),
-                     RK_OK);
+    return call(f, M("ListStores"), &request.base, &redknot__v1__list_stores_reply__descriptor,
+                (ProtobufCMessage **)ret_reply);
+}
+
+/* When nobody beats, the coordinator takes that for a pause of its own, and gives no list for a
+ * while. */
+static Redknot__V1__ListStoresReply *list_stores(struct fixture *f)
+{
+    Redknot__V1__ListStoresReply *reply = NULL;
+    int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
+    enum rk_status status = list_try(f, &reply);
+
+    while (status == RK_ERR_UNAVAILABLE && rk_deadline_left_ms(deadline_ns) > 0) {
+        rk_clock_sleep_ms(20);
+        status = list_try(f, &reply);
+    }
+    assert_int_equal(status, RK_OK);
     assert_true(reply->epoch == coordinator_epoch(f->coordinator));
     return reply;
 }
@@ -167,6 +180,39 @@ static void a_restart_of_ours_makes_nobody_new(void **state)
     assert_true(listed_weight(f, 1) == 2 * weight / 8);
 }
 
+/* The first store to report would be alone on the list, and what is put then where the others are
+ * not asked. */
+static void nobody_is_listed_before_all_have_reported(void **state)
+{
+    struct fixture *f = *state;
+    Redknot__V1__ListStoresReply *reply = NULL;
+    int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
+
+    down(f);
+    f->options.timeout_ms = 1000;
+    up(f);
+    join(f, 0, 11);
+    join(f, 1, 12);
+    down(f);
+    up(f);
+    assert_int_equal(list_try(f, &reply), RK_ERR_UNAVAILABLE);
+    (void)heartbeat(f, 0, 11, NULL);
+    assert_int_equal(list_try(f, &reply), RK_ERR_UNAVAILABLE);
+    (void)heartbeat(f, 1, 12, NULL);
+    assert_int_equal(list_try(f, &reply), RK_OK);
+    assert_int_equal(reply->n_stores, 2);
+    rk_rpc_message_free(&reply->base);
+    down(f); /* And who does not come back is waited for no longer than a timeout. */
+    up(f);
+    while (list_try(f, &reply) != RK_OK) {
+        assert_true(rk_deadline_left_ms(deadline_ns) > 0);
+        (void)heartbeat(f, 0, 11, NULL);
+        rk_clock_sleep_ms(50);
+    }
+    assert_int_equal(reply->n_stores, 1);
+    rk_rpc_message_free(&reply->base);
+}
+
 static void a_share_grows_to_its_whole(void **state)
 {
     struct fixture *f = *state;
@@ -192,9 +238,8 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(stores_are_listed_by_capacity),
-        TEST(a_new_store_starts_slowly),
-        TEST(a_restart_of_ours_makes_nobody_new),
+        TEST(stores_are_listed_by_capacity),      TEST(a_new_store_starts_slowly),
+        TEST(a_restart_of_ours_makes_nobody_new), TEST(nobody_is_listed_before_all_have_reported),
         TEST(a_share_grows_to_its_whole),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

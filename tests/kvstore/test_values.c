@@ -6,6 +6,7 @@
 #include "tests/kvstore/shard_support.h"
 
 #include "common/base/alloc.h"
+#include "common/base/clock.h"
 #include "common/base/hash.h"
 #include "common/base/value.h"
 
@@ -282,6 +283,35 @@ static void it_makes_room_and_is_scrubbed(void **state)
     assert_int_equal(gone[0] + gone[1], 1);
 }
 
+/* It may have been left out of what clients use meanwhile, and has not heard of it yet. */
+static void a_store_that_was_stopped_asks_first(void **state)
+{
+    struct kvstore *store = *state;
+    bool sure = false;
+    assert_int_equal(value_put(store, 1, 5000, 5000), RK_OK);
+    kvstore_values_watch(store);
+    uint64_t before = kvstore_values_tick(store, &sure);
+    assert_true(sure);
+    assert_int_equal(value_check(store, 1, 5000), RK_OK);
+    rk_clock_sleep_ms(1100); /* As if it had been stopped: nobody ticks. */
+    assert_int_equal(value_check(store, 1, 5000), RK_MISS_NODE_DOWN);
+    assert_int_equal(value_put(store, 2, 5000, 5000), RK_ERR_UNAVAILABLE);
+    uint64_t after = kvstore_values_tick(store, &sure);
+    assert_false(sure);
+    assert_int_equal(after, before + 1);
+    kvstore_values_trust(store, after); /* Too early: requests from before are in the sockets. */
+    assert_int_equal(value_check(store, 1, 5000), RK_MISS_NODE_DOWN);
+    for (int i = 0; i < 11; i++) {
+        rk_clock_sleep_ms(100);
+        (void)kvstore_values_tick(store, &sure);
+    }
+    kvstore_values_trust(store, before); /* An answer to what was asked before the pause. */
+    assert_int_equal(value_check(store, 1, 5000), RK_MISS_NODE_DOWN);
+    kvstore_values_trust(store, after);
+    assert_int_equal(value_check(store, 1, 5000), RK_OK);
+    assert_int_equal(value_put(store, 2, 5000, 5000), RK_OK);
+}
+
 int main(void)
 {
 #define STORED(test) cmocka_unit_test_setup_teardown(test, set_up, tear_down)
@@ -290,6 +320,7 @@ int main(void)
                                        STORED(wrong_values_leave_nothing),
                                        STORED(it_is_no_shard_to_anybody),
                                        STORED(a_shard_under_its_id_is_another_thing),
-                                       STORED(it_makes_room_and_is_scrubbed)};
+                                       STORED(it_makes_room_and_is_scrubbed),
+                                       STORED(a_store_that_was_stopped_asks_first)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
