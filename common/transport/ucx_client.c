@@ -390,6 +390,10 @@ static enum rk_status ucx_connect(const struct rk_transport_endpoint *endpoint,
                                   struct rk_error *error)
 {
     struct ucx_address address;
+    if (!ucx_reachable(endpoint)) { /* Asked for all the same. */
+        return rk_error_set(error, RK_ERR_UNAVAILABLE,
+                            "the store serves no UCX: start it with --ucx auto");
+    }
     struct ucx_client *client = rk_alloc_zero(1, sizeof(*client));
     enum rk_status status = RK_ERR_NO_MEMORY;
     if (!client) {

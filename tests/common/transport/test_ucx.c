@@ -504,6 +504,12 @@ static void addresses_of_every_form(void **state)
         assert_true(status == RK_OK || error.text[0] != '\0');
         rk_ucx_server_stop(status == RK_OK ? server : NULL);
     }
+    const struct rk_transport_endpoint nowhere = {.grpc_address = "", .ucx_address = ""};
+    struct rk_transport *none = NULL;
+    struct rk_error why = {.text = ""};
+    assert_int_equal(rk_transport_connect(&nowhere, RK_PATH_UCX, 1000, &none, &why),
+                     RK_ERR_UNAVAILABLE);
+    assert_non_null(strstr(why.text, "--ucx"));
     /* A reader does not try, either. */
     const struct rk_transport_endpoint endpoint = {.grpc_address = "", .ucx_address = "[::1]:7"};
     struct rk_transport *transport = NULL;
