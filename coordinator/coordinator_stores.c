@@ -97,7 +97,7 @@ static const struct index_node *awaited(struct coordinator *coordinator, int64_t
          node = node->hh.next) {
         bool store = node->info->role == REDKNOT__V1__NODE_INFO__ROLE__ROLE_STORE;
 
-        if (store && node->heard_ns < coordinator->settling_ns &&
+        if (store && !node->liveness.ejected && node->heard_ns < coordinator->settling_ns &&
             (node->heard_ns == 0 || node->heard_ns + timeout_ns > coordinator->settled_before_ns)) {
             return node;
         }
