@@ -265,7 +265,7 @@ static void exists_at(struct call *call, const struct store *store, const size_t
                       size_t count, void *context)
 {
     struct flags_call *all = context;
-    bool flags[RK_TRANSPORT_ITEMS_MAX];
+    bool flags[RK_TRANSPORT_ITEMS_MAX] = {false};
     enum rk_status status = flags_at(call, store, exists_ask, items, count, flags);
     for (size_t i = 0; i < count; i++) {
         bool found = status == RK_OK && flags[i];
@@ -350,7 +350,7 @@ static void look_at(struct call *call, uint32_t store, size_t count, struct rk_v
 {
     const struct store *where = &call->set->stores[store];
     size_t hidden[RK_TRANSPORT_ITEMS_MAX];
-    bool flags[RK_TRANSPORT_ITEMS_MAX];
+    bool flags[RK_TRANSPORT_ITEMS_MAX] = {false};
     size_t num_hidden = 0;
     enum rk_status status = flags_at(call, where, exists_ask, call->items, count, flags);
     for (size_t i = 0; i < count; i++) {
@@ -754,7 +754,7 @@ enum rk_status rk_values_exists(struct rk_values *values, const struct rk_value_
 
 static size_t drop_batch(struct call *call, uint32_t store, size_t count, bool *dropped)
 {
-    bool flags[RK_TRANSPORT_ITEMS_MAX];
+    bool flags[RK_TRANSPORT_ITEMS_MAX] = {false};
     if (flags_at(call, &call->set->stores[store], drop_ask, call->items, count, flags) != RK_OK) {
         return 1;
     }

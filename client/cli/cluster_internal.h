@@ -216,6 +216,8 @@ void proc_each_daemon(void (*visit)(void *context, const struct proc_daemon *dae
 bool proc_port_listener(uint16_t port, pid_t *ret_pid);
 /* "process 12 (redis-server *:7100)" */
 void proc_describe(pid_t pid, char *ret_text, size_t room);
+/* It was killed, and the kernel has not put all of it away. */
+bool proc_is_ending(pid_t pid);
 
 /* ---- folder.c ---- */
 

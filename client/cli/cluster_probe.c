@@ -292,6 +292,9 @@ static enum rk_status check_port(const struct cluster_process *process, const ch
             return RK_OK;
         }
         bool listens = proc_port_listener((uint16_t)port, &owner.pid);
+        if (owner.pid > 0 && rk_clock_ns() < deadline_ns && proc_is_ending(owner.pid)) {
+            owner.pid = 0; /* Its memory is gone already, its sockets go next. */
+        }
         if (owner.pid == 0 && rk_clock_ns() >= deadline_ns) {
             if (!listens) {
                 return RK_OK; /* The daemon waits some more, and says best what is wrong. */

@@ -241,6 +241,14 @@ bool proc_port_listener(uint16_t port, pid_t *ret_pid)
     return inode != 0;
 }
 
+bool proc_is_ending(pid_t pid)
+{
+    char path[64];
+    char program[8];
+    (void)snprintf(path, sizeof(path), "/proc/%d/exe", (int)pid);
+    return readlink(path, program, sizeof(program)) < 0 && errno == ENOENT;
+}
+
 void proc_describe(pid_t pid, char *ret_text, size_t room)
 {
     char arguments[256];
