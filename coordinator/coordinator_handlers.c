@@ -93,7 +93,7 @@ enum rk_status coordinator_add_service(struct coordinator *coordinator)
      "method=\"" word "\"",                                                                        \
      {.path = "/redknot.v1.Coordinator/" word,                                                     \
       .handler = name##_handler,                                                                   \
-      .request_bytes_max = bytes_max}},
+      .request_bytes_max = (bytes_max)}},
         UNARY_LIST(UNARY_ROW)
 #undef UNARY_ROW
             {METHOD_ANNOUNCE,
