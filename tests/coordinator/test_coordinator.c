@@ -688,9 +688,7 @@ static void names_that_are_none_are_refused(void **state)
         {"a", "127.0.0.1:0", "from 1 to 65535"},
         {"a", "junk", "grpc_address: address 'junk': no port"},
     };
-    static const char *const labels[] = {"a\nb", "\x1b]0;x\x07",
-                                         "\xe2\x80\xae"
-                                         "fdp.exe"};
+    static const char *const labels[] = {"a\nb", "\x1b]0;x\x07", "\xe2\x80\xaexe.pdf"};
     struct fixture *f = *state;
     ProtobufCMessage *reply = NULL;
 

@@ -394,21 +394,26 @@ void cluster_metrics_check(const char *address)
     assert_int_equal(pclose(promtool), 0); /* 3: it has something to say */
 }
 
-uint64_t process_resident_bytes(const struct process *process)
+uint64_t process_field(pid_t pid, const char *field, int base)
 {
     char path[64];
     char line[256];
-    uint64_t kib = 0;
-    (void)snprintf(path, sizeof(path), "/proc/%d/status", process->pid);
+    uint64_t number = 0;
+    (void)snprintf(path, sizeof(path), "/proc/%d/status", (int)pid);
     FILE *file = fopen(path, "r");
     assert_non_null(file);
     while (fgets(line, sizeof(line), file)) {
-        if (strncmp(line, "VmRSS:", 6) == 0) {
-            kib = strtoull(line + 6, NULL, 10);
+        if (strncmp(line, field, strlen(field)) == 0) {
+            number = strtoull(line + strlen(field), NULL, base);
         }
     }
     (void)fclose(file);
-    return kib * 1024;
+    return number;
+}
+
+uint64_t process_resident_bytes(const struct process *process)
+{
+    return process_field(process->pid, "VmRSS:", 10) * 1024;
 }
 
 static bool keep_tokens(void *context, const int32_t *token_ids, size_t num_tokens,

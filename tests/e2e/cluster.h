@@ -79,6 +79,8 @@ double cluster_metric(const char *address, const char *name);
 void cluster_metrics_check(const char *address);
 /* Until the store holds no pin and nothing half written; fails the test after half a minute. */
 void cluster_store_becomes_quiet(const struct cluster *cluster);
+/* A number of /proc/PID/status, behind a field such as "VmHWM:"; 0: it is not there. */
+uint64_t process_field(pid_t pid, const char *field, int base);
 /* Resident bytes of a process. */
 uint64_t process_resident_bytes(const struct process *process);
 

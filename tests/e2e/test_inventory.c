@@ -103,17 +103,7 @@ static long log_end(const struct cluster *cluster)
 
 static uint64_t peak_kib(const struct process *process)
 {
-    char path[64];
-    char line[256];
-    unsigned long long kib = 0;
-    (void)snprintf(path, sizeof(path), "/proc/%d/status", (int)process->pid);
-    FILE *status = fopen(path, "r");
-    assert_non_null(status);
-    while (fgets(line, sizeof(line), status)) {
-        (void)sscanf(line, "VmHWM: %llu kB", &kib);
-    }
-    (void)fclose(status);
-    return kib;
+    return process_field(process->pid, "VmHWM:", 10);
 }
 
 static void restart_and_watch(struct cluster *cluster, const char *what, uint32_t num_segments)

@@ -45,7 +45,8 @@ static int dial(const char *text)
 {
     struct sockaddr_in address = {.sin_family = AF_INET,
                                   .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
-                                  .sin_port = htons((uint16_t)atoi(strrchr(text, ':') + 1))};
+                                  .sin_port =
+                                      htons((uint16_t)strtoul(strrchr(text, ':') + 1, NULL, 10))};
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd >= 0 && connect(fd, (const struct sockaddr *)&address, sizeof(address)) != 0) {
         close(fd);
@@ -125,7 +126,7 @@ static int health_of(const char *address)
     (void)send(fd, request, sizeof(request) - 1, MSG_NOSIGNAL);
     ssize_t bytes = recv(fd, reply, sizeof(reply) - 1, MSG_WAITALL);
     close(fd);
-    return bytes > 12 ? atoi(reply + 9) : 0;
+    return bytes > 12 ? (int)strtol(reply + 9, NULL, 10) : 0;
 }
 
 /* The listener's thread takes what waits in the kernel, and looks around once a second. */
@@ -236,17 +237,7 @@ static void a_flood_at_64_descriptors(void **state)
 
 static long peak_mib(pid_t pid)
 {
-    char path[64];
-    char line[128];
-    long kib = 0;
-    (void)snprintf(path, sizeof(path), "/proc/%d/status", (int)pid);
-    FILE *file = fopen(path, "r");
-    assert_non_null(file);
-    while (fgets(line, sizeof(line), file)) {
-        (void)sscanf(line, "VmHWM: %ld", &kib);
-    }
-    (void)fclose(file);
-    return kib >> 10;
+    return (long)(process_field(pid, "VmHWM:", 10) >> 10);
 }
 
 static void nothing(void *context)

@@ -187,17 +187,7 @@ static void rubbish(uint64_t store, size_t bytes, bool frame)
 static void store_signal(uint64_t index, int number)
 {
     pid_t pid = store_at(index)->pid;
-    char path[64];
-    char line[256];
-    unsigned long long blocked = 0;
-    (void)snprintf(path, sizeof(path), "/proc/%d/status", (int)pid);
-    FILE *file = fopen(path, "r");
-    assert_non_null(file);
-    while (fgets(line, sizeof(line), file)) {
-        (void)sscanf(line, "SigBlk: %llx", &blocked);
-    }
-    (void)fclose(file);
-    if (blocked >> (number - 1) & 1) {
+    if (process_field(pid, "SigBlk:", 16) >> (number - 1) & 1) {
         assert_int_equal(kill(pid, number), 0);
     }
 }

@@ -864,7 +864,7 @@ static void more_than_an_arena_is_refused(void **state)
         int fd = accept(listener, NULL, NULL);
         char hello[sizeof(reply.header)];
         if (recv(fd, hello, sizeof(hello), MSG_WAITALL) == (ssize_t)sizeof(hello)) {
-            raw_send_with(fd, &reply, sizeof(reply), (size_t)(round + 1));
+            raw_send_with(fd, &reply, sizeof(reply), (size_t)round + 1);
         }
         close(fd);
     }
