@@ -30,9 +30,11 @@ static ssize_t read_proc(pid_t pid, const char *name, char *text, size_t room)
 static bool link_of(pid_t pid, const char *name, char ret_target[PATH_MAX])
 {
     char path[64];
+    char target[PATH_MAX]; /* gcc takes ret_target for NULL where UBSan asks whether it is */
     (void)snprintf(path, sizeof(path), "/proc/%d/%s", (int)pid, name);
-    ssize_t bytes = readlink(path, ret_target, PATH_MAX - 1);
-    ret_target[bytes > 0 ? bytes : 0] = 0;
+    ssize_t bytes = readlink(path, target, sizeof(target) - 1);
+    target[bytes > 0 ? bytes : 0] = 0;
+    memcpy(ret_target, target, (size_t)(bytes > 0 ? bytes : 0) + 1);
     /* A program that was built again while it ran has " (deleted)" behind its name. */
     char *deleted = strstr(ret_target, " (deleted)");
     if (deleted && deleted[strlen(" (deleted)")] == 0) {
