@@ -201,16 +201,15 @@ RK_MUST_CHECK enum rk_status kvstore_shard_extents(const struct kvstore_shard *s
                                                    uint64_t *ret_checksums, uint64_t *num_pages,
                                                    struct rk_error *error);
 
-/* ---- Doubt: may values be out of date? (doubt.c) ---- */
+/* ---- The lease: may values be out of date? (lease.c) ---- */
 
-/* From now on a store that did not tick for a second gives and takes no values (RK_MISS_NODE_DOWN,
- * RK_ERR_UNAVAILABLE) until kvstore_values_trust. */
-void kvstore_values_watch(struct kvstore *store);
-/* Several times a second. Returns how many doubts there were. */
-uint64_t kvstore_values_tick(struct kvstore *store, bool *ret_sure);
-/* The coordinator answered what was asked after so many doubts. A second after the doubt at the
- * earliest; the next answer will do. */
-void kvstore_values_trust(struct kvstore *store, uint64_t count);
+/*
+ * From the first call on, values are given and taken only until then (monotonic); after that a read
+ * is RK_MISS_NODE_DOWN and a put RK_ERR_UNAVAILABLE. A lease that ended is renewed a second later
+ * at the earliest: until then this does nothing.
+ */
+void kvstore_values_renew(struct kvstore *store, int64_t until_ns);
+bool kvstore_values_sure(struct kvstore *store);
 
 /* ---- Upkeep ---- */
 

@@ -97,13 +97,10 @@ struct slot {
     UT_hash_handle hh;
 };
 
-/* doubt.c */
-struct values_doubt {
-    bool watched;
-    bool doubted;
-    int64_t ticked_ns;
-    int64_t since_ns;
-    uint64_t count; /* of doubts so far */
+/* lease.c */
+struct values_lease {
+    int64_t until_ns; /* 0: none is needed */
+    int64_t ended_ns; /* when that was noticed; 0: it has not */
 };
 
 struct kvstore {
@@ -123,7 +120,7 @@ struct kvstore {
     struct kvstore_stats stats;
     uint64_t value_generation; /* of the last value begun */
     uint64_t *evicted;         /* [EVICTED_SLOTS] hashes of names last seen evicted */
-    struct values_doubt doubt;
+    struct values_lease lease;
     struct kvstore_name *removed;
     size_t removed_begin;
     size_t removed_count;

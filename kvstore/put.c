@@ -221,9 +221,10 @@ static enum rk_status begin_check_slot(struct kvstore *store, const struct kvsto
 {
     struct slot *slot = kvstore_slot_find(store, name);
     if (shard->header.kind == KVSTORE_VALUE && kvstore_values_doubted(store)) {
-        return rk_error_set(error, RK_ERR_UNAVAILABLE,
-                            "the store was stopped for a while and asks first whether it was left "
-                            "out: try again in a moment");
+        return rk_error_set(
+            error, RK_ERR_UNAVAILABLE,
+            "the coordinator has not answered this store for a while, and clients may "
+            "have gone on without it: try again in a moment");
     }
     if (shard->header.kind == KVSTORE_VALUE) {
         return slot && slot->committed ? value_exists(error) : RK_OK;

@@ -11,6 +11,7 @@
  */
 #include "kvstore/service_internal.h"
 
+#include "common/base/address.h"
 #include "common/base/alloc.h"
 #include "common/base/clock.h"
 #include "common/base/log.h"
@@ -19,15 +20,23 @@
 #include "kvstore/message_internal.h"
 #include "redknot/v1/coordinator.pb-c.h"
 
+#include <errno.h>
+#include <netdb.h>
+#include <poll.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <time.h>
+#include <unistd.h>
 
 #define CALL_TIMEOUT_MS     2000
 #define ANNOUNCE_TIMEOUT_MS 3600000 /* of all of it, for a slow network; a dead one is noticed */
 #define ANNOUNCE_DEAD_MS    10000   /* no heartbeat was answered for so long */
 #define RETRY_MIN_MS        50
+#define GONE_WAIT_MS        200
+#define GONE_LEASE_NS       INT64_C(1000000000) /* below what a coordinator waits that was started */
 #define RETRY_MAX_MS        500
 #define HEARTBEAT_MIN_MS    20
 #define HEARTBEAT_MAX_MS    60000
@@ -60,8 +69,9 @@ struct registrar {
     uint64_t mark;        /* of the coordinator, from before our shards are listed */
     uint64_t values_mark; /* the coordinator's last, for which values were given up */
     int heartbeat_ms;
-    int reachable; /* as last logged: -1 nothing yet, 0, 1 */
-    int failures;  /* in a row */
+    int64_t lease_ns; /* of values: shorter than the silence after which we are left out */
+    int reachable;    /* as last logged: -1 nothing yet, 0, 1 */
+    int failures;     /* in a row */
     int64_t heard_ns;
     unsigned random_state;
     bool lost; /* the list of removals has a gap */
@@ -104,6 +114,7 @@ static enum rk_status register_node(struct registrar *registrar, struct rk_error
     uint32_t beat_ms = reply->heartbeat_ms;
     registrar->epoch = reply->epoch;
     registrar->mark = reply->mark;
+    registrar->lease_ns = (int64_t)reply->timeout_ms * 1000000 * 3 / 4;
     registrar->heartbeat_ms = beat_ms < HEARTBEAT_MIN_MS   ? HEARTBEAT_MIN_MS
                               : beat_ms > HEARTBEAT_MAX_MS ? HEARTBEAT_MAX_MS
                                                            : (int)beat_ms;
@@ -355,8 +366,7 @@ static enum rk_status heartbeat_call(struct registrar *registrar, size_t count,
     Redknot__V1__HeartbeatRequest request = REDKNOT__V1__HEARTBEAT_REQUEST__INIT;
     Redknot__V1__Shard *removed = rk_alloc_zero(count, sizeof(*removed));
     Redknot__V1__Shard **pointers = rk_alloc_zero(count, sizeof(*pointers));
-    bool sure = false;
-    uint64_t doubts = kvstore_values_tick(registrar->options.store, &sure);
+    int64_t asked_ns = rk_clock_ns();
     enum rk_status status = RK_ERR_NO_MEMORY;
     if (removed && pointers) {
         for (size_t i = 0; i < count; i++) {
@@ -384,8 +394,8 @@ static enum rk_status heartbeat_call(struct registrar *registrar, size_t count,
         *ret_register_again = reply->register_again || reply->epoch != registrar->epoch;
         registrar->heard_ns = rk_clock_ns();
         values_forget(registrar, reply->values_mark);
-        if (!*ret_register_again) {
-            kvstore_values_trust(registrar->options.store, doubts);
+        if (!reply->register_again || registrar->state == ANNOUNCING) { /* It knows us. */
+            kvstore_values_renew(registrar->options.store, asked_ns + registrar->lease_ns);
         }
         if (count > 0) {
             registrar->num_pending -= count;
@@ -430,6 +440,53 @@ static int backoff_ms(struct registrar *registrar, int failures)
     return step_ms / 2 + rand_r(&registrar->random_state) % (step_ms / 2 + 1);
 }
 
+/* Nobody listens there: a coordinator that was killed leaves nobody out, and one that was started
+ * again waits for us. One that is only silent may have. */
+static bool coordinator_gone(const struct registrar *registrar)
+{
+    struct rk_address address;
+    char port[8];
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM};
+    struct addrinfo *found = NULL;
+    if (rk_address_parse(registrar->options.coordinator, RK_ADDRESS_CALL, &address, NULL) !=
+        RK_OK) {
+        return false;
+    }
+    (void)snprintf(port, sizeof(port), "%u", address.port);
+    if (getaddrinfo(address.host, port, &hints, &found) != 0) {
+        return false;
+    }
+    bool gone = true;
+    for (const struct addrinfo *at = found; at && gone; at = at->ai_next) {
+        int fd = socket(at->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+        struct pollfd done = {.fd = fd, .events = POLLOUT};
+        int why = fd < 0 ? errno : 0;
+        if (fd >= 0 && connect(fd, at->ai_addr, at->ai_addrlen) != 0) {
+            socklen_t bytes = sizeof(why);
+            why = errno;
+            if (why == EINPROGRESS && poll(&done, 1, GONE_WAIT_MS) > 0 &&
+                getsockopt(fd, SOL_SOCKET, SO_ERROR, &why, &bytes) != 0) {
+                why = errno;
+            }
+        }
+        if (fd >= 0) {
+            (void)close(fd);
+        }
+        gone = why == ECONNREFUSED;
+    }
+    freeaddrinfo(found);
+    return gone;
+}
+
+/* After a call that failed. */
+static void values_keep(struct registrar *registrar, enum rk_status status)
+{
+    int64_t now_ns = rk_clock_ns();
+    if (status == RK_ERR_UNAVAILABLE && registrar->lease_ns > 0 && coordinator_gone(registrar)) {
+        kvstore_values_renew(registrar->options.store, now_ns + GONE_LEASE_NS);
+    }
+}
+
 /* One line when the coordinator is lost, one when it is back. */
 static void log_change(struct registrar *registrar, enum rk_status status,
                        const struct rk_error *error)
@@ -455,6 +512,7 @@ static int begin_again(struct registrar *registrar, enum rk_status status,
         return 0; /* We were asked to. */
     }
     log_change(registrar, status, error);
+    values_keep(registrar, status);
     return backoff_ms(registrar, registrar->failures++);
 }
 
@@ -495,6 +553,7 @@ static int step_announcing(struct registrar *registrar)
     status = heartbeat_call(registrar, 0, &again, &error);
     if (status != RK_OK) {
         log_change(registrar, status, &error);
+        values_keep(registrar, status);
         if (rk_clock_ns() - registrar->heard_ns > ANNOUNCE_DEAD_MS * INT64_C(1000000)) {
             announcement_cancel(registrar);
         }
@@ -514,6 +573,7 @@ static int step_registered(struct registrar *registrar)
     enum rk_status status = heartbeat_call(registrar, count, &again, &error);
     log_change(registrar, status, &error);
     if (status != RK_OK) {
+        values_keep(registrar, status);
         return backoff_ms(registrar, registrar->failures++);
     }
     registrar->failures = 0;
@@ -573,7 +633,6 @@ enum rk_status registrar_start(const struct registrar_options *options,
         goto fail;
     }
     registrar->running = true;
-    kvstore_values_watch(options->store);
     *ret_registrar = registrar;
     return RK_OK;
 

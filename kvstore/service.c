@@ -653,13 +653,13 @@ static enum rk_status handle_has_values(struct rk_rpc_call *call, void *context,
     const Redknot__V1__HasValuesRequest *request = (const Redknot__V1__HasValuesRequest *)message;
     Redknot__V1__HasValuesReply reply = REDKNOT__V1__HAS_VALUES_REPLY__INIT;
     struct kvstore_service *service = context;
-    bool sure = false;
-    (void)kvstore_values_tick(service->store, &sure);
-    if (!sure) { /* "No" would let a second value under a key arise. */
+    if (!kvstore_values_sure(
+            service->store)) { /* "No" would let a second value under a key arise. */
         rk_rpc_message_free(message);
-        return rk_error_set(error, RK_ERR_UNAVAILABLE,
-                            "the store was stopped for a while and asks first whether it was left "
-                            "out: try again in a moment");
+        return rk_error_set(
+            error, RK_ERR_UNAVAILABLE,
+            "the coordinator has not answered this store for a while, and clients may "
+            "have gone on without it: try again in a moment");
     }
     status =
         values_each(context, request->ids, request->n_ids, kvstore_has_value, &reply.found, error);

@@ -166,8 +166,6 @@ static void *upkeep_thread(void *context)
     struct upkeep *upkeep = context;
     uint64_t scrub_bytes = upkeep->options.scrub_rate * TICK_MS / 1000;
     do {
-        bool sure = false;
-        (void)kvstore_values_tick(upkeep->options.store, &sure);
         inject_if_asked(upkeep);
         uint32_t collected = kvstore_collect(upkeep->options.store, rk_clock_ns());
         if (collected > 0) {

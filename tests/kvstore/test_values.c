@@ -284,30 +284,23 @@ static void it_makes_room_and_is_scrubbed(void **state)
 }
 
 /* It may have been left out of what clients use meanwhile, and has not heard of it yet. */
-static void a_store_that_was_stopped_asks_first(void **state)
+static void values_are_given_on_a_lease(void **state)
 {
     struct kvstore *store = *state;
-    bool sure = false;
-    assert_int_equal(value_put(store, 1, 5000, 5000), RK_OK);
-    kvstore_values_watch(store);
-    uint64_t before = kvstore_values_tick(store, &sure);
-    assert_true(sure);
+    assert_int_equal(value_put(store, 1, 5000, 5000), RK_OK); /* None is needed yet. */
+    assert_true(kvstore_values_sure(store));
+    kvstore_values_renew(store, rk_deadline_in_ms(600));
     assert_int_equal(value_check(store, 1, 5000), RK_OK);
-    rk_clock_sleep_ms(1100); /* As if it had been stopped: nobody ticks. */
+    rk_clock_sleep_ms(700);
     assert_int_equal(value_check(store, 1, 5000), RK_MISS_NODE_DOWN);
     assert_int_equal(value_put(store, 2, 5000, 5000), RK_ERR_UNAVAILABLE);
-    uint64_t after = kvstore_values_tick(store, &sure);
-    assert_false(sure);
-    assert_int_equal(after, before + 1);
-    kvstore_values_trust(store, after); /* Too early: requests from before are in the sockets. */
+    assert_false(kvstore_values_sure(store));
+    kvstore_values_renew(store, rk_deadline_in_ms(60000)); /* What is in the sockets comes first. */
     assert_int_equal(value_check(store, 1, 5000), RK_MISS_NODE_DOWN);
-    for (int i = 0; i < 11; i++) {
-        rk_clock_sleep_ms(100);
-        (void)kvstore_values_tick(store, &sure);
-    }
-    kvstore_values_trust(store, before); /* An answer to what was asked before the pause. */
+    rk_clock_sleep_ms(1100);
+    kvstore_values_renew(store, 1); /* An answer to a question from long ago. */
     assert_int_equal(value_check(store, 1, 5000), RK_MISS_NODE_DOWN);
-    kvstore_values_trust(store, after);
+    kvstore_values_renew(store, rk_deadline_in_ms(60000));
     assert_int_equal(value_check(store, 1, 5000), RK_OK);
     assert_int_equal(value_put(store, 2, 5000, 5000), RK_OK);
 }
@@ -321,6 +314,6 @@ int main(void)
                                        STORED(it_is_no_shard_to_anybody),
                                        STORED(a_shard_under_its_id_is_another_thing),
                                        STORED(it_makes_room_and_is_scrubbed),
-                                       STORED(a_store_that_was_stopped_asks_first)};
+                                       STORED(values_are_given_on_a_lease)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
