@@ -39,7 +39,7 @@ struct fake_kv {
     atomic_int locates, gets, checks, puts, drops;
     atomic_int holds, holds_max; /* out now, and at most */
     struct rk_extent dropped_page;
-    int64_t last_deadline_ns; /* of a get */
+    _Atomic int64_t last_deadline_ns; /* of a get */
 };
 
 extern const struct api_kv_ops fake_kv_ops; /* the client is a struct fake_kv */
