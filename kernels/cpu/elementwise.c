@@ -97,7 +97,7 @@ static void rotate(const float *x, const float *cos, const float *sin, float sin
 #define NAME_OF(table) #table
 
 const struct elementwise_ops ELEMENTWISE_OPS = {
-    .name = NAME(ELEMENTWISE_OPS) + sizeof("elementwise_") - 1,
+    .name = &NAME(ELEMENTWISE_OPS)[sizeof("elementwise_") - 1],
     .rms_norm = rms_norm,
     .silu_mul = silu_mul,
     .add = add,
