@@ -174,7 +174,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct rest rest = {.bytes = 0};
     struct kvstore_put *put = put_begin(store, &input, &name, &rest.bytes, &rest.page_bytes);
     if (put) {
-        bool value = kvstore_put_kind(put) == KVSTORE_VALUE;
+        name.kind = kvstore_put_kind(put);
+        bool value = name.kind == KVSTORE_VALUE;
         enum rk_status status = put_pages(put, &rest, &input);
         kvstore_put_destroy(put);
         if (status == RK_OK && !value) {
