@@ -259,6 +259,7 @@ static enum rk_status flags_at(struct call *call, const struct store *store, fla
 
 struct flags_call {
     bool *flags;
+    struct rk_value_put *puts; /* told which store did not answer; NULL: nobody is */
 };
 
 static void exists_at(struct call *call, const struct store *store, const size_t *items,
@@ -271,6 +272,9 @@ static void exists_at(struct call *call, const struct store *store, const size_t
         bool found = status == RK_OK && flags[i];
         all->flags[items[i]] = all->flags[items[i]] || found;
         call->open[items[i]] = !found;
+        if (all->puts && (found || status != RK_OK)) {
+            all->puts[items[i]].status = status;
+        }
     }
 }
 
@@ -396,7 +400,7 @@ static void look_around(struct call *call, struct rk_value_put *puts)
 /* What is large may have pushed out what the same call put before it. */
 static void look_back(struct call *call, struct rk_value_put *puts, bool *kept)
 {
-    struct flags_call found = {.flags = kept};
+    struct flags_call found = {.flags = kept, .puts = puts};
     uint64_t bytes = 0;
     for (size_t i = 0; i < call->count; i++) {
         call->open[i] = puts[i].status == RK_OK && !puts[i].existed;

@@ -24,6 +24,7 @@ static void set_defaults(const struct coordinator_options *options,
 
     filled.heartbeat_ms = filled.heartbeat_ms != 0 ? filled.heartbeat_ms : 500;
     filled.timeout_ms = filled.timeout_ms != 0 ? filled.timeout_ms : 2000;
+    filled.values_lease_ms = filled.values_lease_ms != 0 ? filled.values_lease_ms : 3000;
     filled.shards_per_segment = filled.shards_per_segment != 0 ? filled.shards_per_segment : 1;
     filled.segments_max = filled.segments_max != 0 ? filled.segments_max : 1000000;
     filled.placed_expire_ms = filled.placed_expire_ms != 0 ? filled.placed_expire_ms : 60000;

@@ -22,11 +22,12 @@
 struct coordinator;
 
 struct coordinator_options {
-    const char *listen;          /* "127.0.0.1:7100"; port 0 picks a free one */
-    const char *data_dir;        /* created with mode 0700 */
-    const char *cluster_id;      /* nodes of another one are refused; NULL: none; must outlive it */
-    uint32_t heartbeat_ms;       /* how often nodes call, 0: 500 */
-    uint32_t timeout_ms;         /* silent for longer: down, 0: 2,000 */
+    const char *listen;       /* "127.0.0.1:7100"; port 0 picks a free one */
+    const char *data_dir;     /* created with mode 0700 */
+    const char *cluster_id;   /* nodes of another one are refused; NULL: none; must outlive it */
+    uint32_t heartbeat_ms;    /* how often nodes call, 0: 500 */
+    uint32_t timeout_ms;      /* silent for longer: down, 0: 2,000 */
+    uint32_t values_lease_ms; /* so long a store serves values unheard, and is listed, 0: 3,000 */
     uint32_t shards_per_segment; /* contiguous layer ranges, 0: 1 */
     uint32_t segments_max;       /* segments known, with or without KV, 0: 1,000,000 */
     uint32_t placed_expire_ms;   /* placed but never committed, 0: 60,000 */

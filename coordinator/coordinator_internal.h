@@ -116,6 +116,12 @@ uint64_t coordinator_generation_ceiling(const struct coordinator *coordinator);
 RK_MUST_CHECK enum rk_status coordinator_save_node(struct coordinator *coordinator,
                                                    const Redknot__V1__NodeInfo *info,
                                                    struct rk_error *error);
+/* That clients go on without this incarnation's values, on disk; and that it gave them up, which
+ * may be lost: then it gives them up once more. Under write_lock. */
+RK_MUST_CHECK enum rk_status coordinator_save_left_out(struct coordinator *coordinator,
+                                                       const char *node_id, uint64_t incarnation,
+                                                       struct rk_error *error);
+void coordinator_forget_left_out(struct coordinator *coordinator, const char *node_id);
 struct coordinator_tokens {
     struct rk_id id;
     const uint32_t *token_ids;
@@ -222,5 +228,11 @@ void coordinator_awake(struct coordinator *coordinator, int64_t now_ns);
  * it has given them up; 0: nothing. said: by the heartbeat. */
 uint64_t coordinator_values_mark(struct coordinator *coordinator, struct index_node *node,
                                  uint64_t said);
+/* Such a store said the mark: the disk need not know of it any longer. */
+void coordinator_values_given_up(struct coordinator *coordinator, const char *node_id);
+/* Under index_lock. Lets a store that was heard serve its values for so long, in ms; 0: it may not.
+ * Until then it is on every list of stores. */
+uint32_t coordinator_values_lease(struct coordinator *coordinator, struct index_node *node,
+                                  int64_t now_ns);
 
 #endif

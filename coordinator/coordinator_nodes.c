@@ -40,10 +40,11 @@ static enum rk_status check_id_free(struct coordinator *coordinator,
 {
     struct index_node *node = index_node_find(coordinator->index, info->node_id);
     const Redknot__V1__NodeInfo *first;
+    int64_t now_ns = rk_clock_ns();
     bool same_place;
 
     if (node == NULL || node->info->incarnation == info->incarnation ||
-        !index_node_alive(coordinator->index, node, rk_clock_ns())) {
+        (!index_node_alive(coordinator->index, node, now_ns) && now_ns > node->lease_ns)) {
         return RK_OK;
     }
     first = node->info;
@@ -73,6 +74,7 @@ enum rk_status coordinator_register(struct coordinator *coordinator, struct aren
     Redknot__V1__RegisterReply *reply = arena_alloc(arena, 1, sizeof(*reply));
     struct index_node *node = NULL;
     uint64_t mark = 0;
+    uint32_t lease_ms = 0;
     bool saved = true;
     enum rk_status status = record_check_node(info, error);
 
@@ -115,8 +117,11 @@ enum rk_status coordinator_register(struct coordinator *coordinator, struct aren
         }
         if (status == RK_OK && !same) { /* Its values are of a time that we know nothing of. */
             node->values_old = ((const Redknot__V1__RegisterRequest *)request)->holds_values;
+            node->values_unsaved = node->values_old;
             node->values_mark = 0;
+            node->lease_ns = 0;
         }
+        lease_ms = status == RK_OK ? coordinator_values_lease(coordinator, node, rk_clock_ns()) : 0;
         (void)pthread_mutex_unlock(&coordinator->index_lock);
         if (status != RK_OK) {
             (void)rk_error_set(error, status, "no room for node %s: %s", info->node_id,
@@ -140,6 +145,7 @@ enum rk_status coordinator_register(struct coordinator *coordinator, struct aren
     reply->timeout_ms = coordinator->options.timeout_ms;
     reply->version = (char *)(uintptr_t)REDKNOT_VERSION;
     reply->mark = mark;
+    reply->values_lease_ms = lease_ms;
     *ret_reply = &reply->base;
     return RK_OK;
 }
@@ -172,6 +178,7 @@ enum rk_status coordinator_heartbeat(struct coordinator *coordinator, struct are
     Redknot__V1__HeartbeatReply *reply = arena_alloc(arena, 1, sizeof(*reply));
     struct index_node *node;
     bool changed = false;
+    bool given_up = false;
     enum rk_status status = RK_OK;
 
     if (reply == NULL) {
@@ -199,9 +206,15 @@ enum rk_status coordinator_heartbeat(struct coordinator *coordinator, struct are
                                      ? request->used_bytes
                                      : node->info->capacity_bytes;
         changed = apply_removed(coordinator, node, request);
+        given_up = node->values_old;
         reply->values_mark = coordinator_values_mark(coordinator, node, request->values_mark);
+        given_up = given_up && !node->values_old;
+        reply->values_lease_ms = coordinator_values_lease(coordinator, node, rk_clock_ns());
     }
     (void)pthread_mutex_unlock(&coordinator->index_lock);
+    if (given_up) {
+        coordinator_values_given_up(coordinator, request->node_id);
+    }
     if (changed) {
         (void)pthread_mutex_lock(&coordinator->write_lock);
         coordinator_flush_later(coordinator); /* It was heard: it need not tell it again. */

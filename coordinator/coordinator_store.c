@@ -249,6 +249,31 @@ static enum rk_status load_node(const void *key, size_t key_bytes, const void *v
     return status == RK_ERR_NO_MEMORY ? out_of_memory(error) : status;
 }
 
+/* The incarnation of a store that was left out of a list by a former process of ours. */
+static enum rk_status load_left_out(const void *key, size_t key_bytes, const void *value,
+                                    size_t value_bytes, void *context, struct rk_error *error)
+{
+    struct coordinator *coordinator = context;
+    Redknot__Coordinator__V1__CounterRecord *record =
+        (Redknot__Coordinator__V1__CounterRecord *)record_unpack(
+            &redknot__coordinator__v1__counter_record__descriptor, value, value_bytes);
+    char node_id[RECORD_NODE_ID_MAX + 1];
+    struct index_node *node;
+
+    if (record == NULL || key_bytes < 2 || key_bytes - 2 > RECORD_NODE_ID_MAX) {
+        record_free(record == NULL ? NULL : &record->base);
+        return corrupt(coordinator, error, "the record of a store that was left out is unreadable");
+    }
+    memcpy(node_id, (const char *)key + 2, key_bytes - 2);
+    node_id[key_bytes - 2] = '\0';
+    node = index_node_find(coordinator->index, node_id);
+    if (node != NULL && node->info->incarnation == record->value) {
+        node->values_old = true;
+    }
+    record_free(&record->base);
+    return RK_OK;
+}
+
 /* Somebody announced it to a former version of ours, which believed it. The journal, at the end of
  * loading, takes the record away. */
 static void forget_implausible(struct coordinator *coordinator, char kind, const struct rk_id *id,
@@ -387,7 +412,8 @@ enum rk_status coordinator_load(struct coordinator *coordinator, struct rk_error
     static const struct {
         const char *prefix;
         metadata_visit visit;
-    } tables[] = {{"n/", load_node}, {"d/", load_tombstone}, {"s/", load_segment}};
+    } tables[] = {
+        {"n/", load_node}, {"o/", load_left_out}, {"d/", load_tombstone}, {"s/", load_segment}};
     struct ahead ahead = {.coordinator = coordinator};
     enum rk_status status = check_format(coordinator, error);
 
@@ -538,17 +564,47 @@ void coordinator_flush_later(struct coordinator *coordinator)
     }
 }
 
+#define NODE_KEY_MAX (2 + RECORD_NODE_ID_MAX)
+
+/* Returns its length. */
+static size_t node_key(char kind, const char *node_id, char ret_key[NODE_KEY_MAX])
+{
+    size_t bytes = strlen(node_id);
+
+    RK_ASSERT(bytes <= RECORD_NODE_ID_MAX);
+    ret_key[0] = kind;
+    ret_key[1] = '/';
+    memcpy(ret_key + 2, node_id, bytes);
+    return 2 + bytes;
+}
+
 enum rk_status coordinator_save_node(struct coordinator *coordinator,
                                      const Redknot__V1__NodeInfo *info, struct rk_error *error)
 {
-    char key[2 + RECORD_NODE_ID_MAX];
-    size_t bytes = strlen(info->node_id);
+    char key[NODE_KEY_MAX];
+    size_t bytes = node_key('n', info->node_id, key);
 
-    RK_ASSERT(bytes <= RECORD_NODE_ID_MAX);
-    key[0] = 'n';
-    key[1] = '/';
-    memcpy(key + 2, info->node_id, bytes);
-    return put_message(coordinator, key, 2 + bytes, &info->base, false, error);
+    return put_message(coordinator, key, bytes, &info->base, false, error);
+}
+
+enum rk_status coordinator_save_left_out(struct coordinator *coordinator, const char *node_id,
+                                         uint64_t incarnation, struct rk_error *error)
+{
+    char key[NODE_KEY_MAX];
+    size_t bytes = node_key('o', node_id, key);
+
+    return put_counter(coordinator, key, bytes, incarnation, error);
+}
+
+void coordinator_forget_left_out(struct coordinator *coordinator, const char *node_id)
+{
+    char key[NODE_KEY_MAX];
+    const struct metadata_change change = {.key = key, .key_bytes = node_key('o', node_id, key)};
+    struct rk_error error = {0};
+
+    if (coordinator->ops->write(coordinator->metadata, &change, 1, false, &error) != RK_OK) {
+        RK_LOG_DEBUG("metadata_behind", "reason=%q", error.text);
+    }
 }
 
 /* An empty answer means no tokens, so an empty list needs no record. */

@@ -158,7 +158,8 @@ static bool nodes_make_room(struct index *index, int64_t now_ns)
         return true;
     }
     HASH_ITER (hh, index->nodes, node, next) {
-        if (node->num_locations == 0 && !index_node_alive(index, node, now_ns)) {
+        if (node->num_locations == 0 && !index_node_alive(index, node, now_ns) &&
+            now_ns > node->lease_ns) {
             node_free(index, node);
             return true;
         }

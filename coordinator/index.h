@@ -52,7 +52,9 @@ struct index_node {
     uint64_t replaced;           /* the incarnation before this one; 0: none that we know of */
     uint64_t refused;            /* the last one that came while this one lives: told once */
     bool values_old;             /* of a store: clients went on without it (coordinator_stores.c) */
+    bool values_unsaved;         /* and the disk does not know yet */
     uint64_t values_mark;        /* to be said when it has given them up; 0: none made yet */
+    int64_t lease_ns;            /* until then it serves its values, heard or not; 0: it does not */
     struct liveness liveness;    /* of stores */
     uint64_t visit;              /* scratch of whoever walks over nodes */
     uint64_t num_locations;

@@ -21,6 +21,7 @@ enum {
     OPTION_METRICS,
     OPTION_HEARTBEAT_MS,
     OPTION_TIMEOUT_MS,
+    OPTION_VALUES_LEASE_MS,
     OPTION_SHARDS_PER_SEGMENT,
     OPTION_SEGMENTS_MAX,
     OPTION_SLOW_START_MS,
@@ -46,6 +47,8 @@ static const struct argp_option option_list[] = {
      "Serve Prometheus text here; empty: nowhere (" RK_METRICS_COORDINATOR ")", 0},
     {"heartbeat-ms", OPTION_HEARTBEAT_MS, "MS", 0, "How often nodes report (500)", 0},
     {"timeout-ms", OPTION_TIMEOUT_MS, "MS", 0, "A node silent for longer is down (2000)", 0},
+    {"values-lease-ms", OPTION_VALUES_LEASE_MS, "MS", 0,
+     "So long a store serves values, and stays listed for them, without being heard (3000)", 0},
     {"shards-per-segment", OPTION_SHARDS_PER_SEGMENT, "N", 0,
      "Layer ranges that a segment is spread over (1)", 0},
     {"segments-max", OPTION_SEGMENTS_MAX, "N", 0, "Segments to know at most (1000000)", 0},
@@ -129,6 +132,9 @@ static error_t parse_option(int key, char *text, struct argp_state *state)
     case OPTION_TIMEOUT_MS:
         options->timeout_ms = parse_count(state, "timeout-ms", text, 3600000);
         break;
+    case OPTION_VALUES_LEASE_MS:
+        options->values_lease_ms = parse_count(state, "values-lease-ms", text, 3600000);
+        break;
     case OPTION_SHARDS_PER_SEGMENT:
         options->shards_per_segment =
             parse_count(state, "shards-per-segment", text, COORDINATOR_SHARDS_MAX);
@@ -161,6 +167,10 @@ static error_t parse_option(int key, char *text, struct argp_state *state)
             argp_error(state, "--timeout-ms %u must be larger than --heartbeat-ms %u",
                        options->timeout_ms, options->heartbeat_ms);
         }
+        if (options->heartbeat_ms >= options->values_lease_ms) {
+            argp_error(state, "--values-lease-ms %u must be larger than --heartbeat-ms %u",
+                       options->values_lease_ms, options->heartbeat_ms);
+        }
         break;
     default:
         return ARGP_ERR_UNKNOWN;
@@ -183,6 +193,7 @@ int main(int argc, char **argv)
                 .data_dir = "./redknot-data/coordinator",
                 .heartbeat_ms = 500,
                 .timeout_ms = 2000,
+                .values_lease_ms = 3000,
                 .slow_start_ms = 30000,
                 .probe_interval_ms = 2000,
             },

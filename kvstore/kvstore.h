@@ -209,6 +209,8 @@ RK_MUST_CHECK enum rk_status kvstore_shard_extents(const struct kvstore_shard *s
  * at the earliest: until then this does nothing.
  */
 void kvstore_values_renew(struct kvstore *store, int64_t until_ns);
+/* The same, but a lease that ended stays ended. */
+void kvstore_values_extend(struct kvstore *store, int64_t until_ns);
 bool kvstore_values_sure(struct kvstore *store);
 
 /* ---- Upkeep ---- */

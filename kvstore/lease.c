@@ -4,10 +4,10 @@
  * A store that the coordinator has not heard for a while is left out of the list that clients go on
  * with: what they drop and put from then on, it does not hear of. But readers with an older list
  * still ask it, and a store that was stopped has requests in its sockets from before. So it gives
- * and takes values on a lease: every answer of the coordinator renews it from the moment when the
- * question was sent, and it ends before the coordinator may leave the store out. While nobody
- * listens at the coordinator's address nobody is left out: that renews it, too. A lease that ended
- * is renewed a second later at the earliest, for what was in the sockets.
+ * and takes values on a lease: an answer of the coordinator renews it for a time that counts from
+ * when the question was sent, and so long the coordinator leaves the store in its list. While
+ * nobody listens at the coordinator's address nobody is left out: that extends it. A lease that
+ * ended is renewed a second later at the earliest, for what was in the sockets.
  */
 #include "kvstore/kvstore_internal.h"
 
@@ -35,6 +35,16 @@ void kvstore_values_renew(struct kvstore *store, int64_t until_ns)
     if (!ended || rk_clock_ns() - lease->ended_ns >= HOLD_NS) {
         lease->until_ns = lease->until_ns > until_ns ? lease->until_ns : until_ns;
         lease->ended_ns = rk_clock_ns() <= lease->until_ns ? 0 : lease->ended_ns;
+    }
+    kvstore_unlock(store);
+}
+
+void kvstore_values_extend(struct kvstore *store, int64_t until_ns)
+{
+    kvstore_lock(store);
+    struct values_lease *lease = &store->lease;
+    if (!kvstore_values_doubted(store) && lease->until_ns < until_ns) {
+        lease->until_ns = until_ns;
     }
     kvstore_unlock(store);
 }

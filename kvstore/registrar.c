@@ -69,9 +69,9 @@ struct registrar {
     uint64_t mark;        /* of the coordinator, from before our shards are listed */
     uint64_t values_mark; /* the coordinator's last, for which values were given up */
     int heartbeat_ms;
-    int64_t lease_ns; /* of values: shorter than the silence after which we are left out */
-    int reachable;    /* as last logged: -1 nothing yet, 0, 1 */
-    int failures;     /* in a row */
+    bool leased;   /* values are given and taken on a lease, once one was granted */
+    int reachable; /* as last logged: -1 nothing yet, 0, 1 */
+    int failures;  /* in a row */
     int64_t heard_ns;
     unsigned random_state;
     bool lost; /* the list of removals has a gap */
@@ -81,6 +81,15 @@ struct registrar {
 };
 
 /* ---- Register ---- */
+
+/* asked_ns: when the call was sent that was answered with this. */
+static void lease_renew(struct registrar *registrar, int64_t asked_ns, uint32_t lease_ms)
+{
+    if (lease_ms != 0) {
+        registrar->leased = true;
+        kvstore_values_renew(registrar->options.store, asked_ns + (int64_t)lease_ms * 1000000);
+    }
+}
 
 static enum rk_status register_node(struct registrar *registrar, struct rk_error *error)
 {
@@ -104,6 +113,7 @@ static enum rk_status register_node(struct registrar *registrar, struct rk_error
     request.node = &node;
     request.holds_values = stats.num_values > 0;
     request.cluster_id = (char *)rk_service_cluster();
+    int64_t asked_ns = rk_clock_ns();
     enum rk_status status =
         rk_rpc_unary(registrar->channel, "/redknot.v1.Coordinator/RegisterNode", &request.base,
                      &redknot__v1__register_reply__descriptor, CALL_TIMEOUT_MS, &message, error);
@@ -114,7 +124,7 @@ static enum rk_status register_node(struct registrar *registrar, struct rk_error
     uint32_t beat_ms = reply->heartbeat_ms;
     registrar->epoch = reply->epoch;
     registrar->mark = reply->mark;
-    registrar->lease_ns = (int64_t)reply->timeout_ms * 1000000 * 3 / 4;
+    lease_renew(registrar, asked_ns, reply->values_lease_ms);
     registrar->heartbeat_ms = beat_ms < HEARTBEAT_MIN_MS   ? HEARTBEAT_MIN_MS
                               : beat_ms > HEARTBEAT_MAX_MS ? HEARTBEAT_MAX_MS
                                                            : (int)beat_ms;
@@ -394,9 +404,7 @@ static enum rk_status heartbeat_call(struct registrar *registrar, size_t count,
         *ret_register_again = reply->register_again || reply->epoch != registrar->epoch;
         registrar->heard_ns = rk_clock_ns();
         values_forget(registrar, reply->values_mark);
-        if (!reply->register_again || registrar->state == ANNOUNCING) { /* It knows us. */
-            kvstore_values_renew(registrar->options.store, asked_ns + registrar->lease_ns);
-        }
+        lease_renew(registrar, asked_ns, reply->values_lease_ms);
         if (count > 0) {
             registrar->num_pending -= count;
             memmove(registrar->pending, registrar->pending + count,
@@ -482,8 +490,8 @@ static bool coordinator_gone(const struct registrar *registrar)
 static void values_keep(struct registrar *registrar, enum rk_status status)
 {
     int64_t now_ns = rk_clock_ns();
-    if (status == RK_ERR_UNAVAILABLE && registrar->lease_ns > 0 && coordinator_gone(registrar)) {
-        kvstore_values_renew(registrar->options.store, now_ns + GONE_LEASE_NS);
+    if (status == RK_ERR_UNAVAILABLE && registrar->leased && coordinator_gone(registrar)) {
+        kvstore_values_extend(registrar->options.store, now_ns + GONE_LEASE_NS);
     }
 }
 

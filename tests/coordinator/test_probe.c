@@ -96,6 +96,7 @@ static int setup(void **state)
         .listen = "127.0.0.1:0",
         .data_dir = f->directory,
         .timeout_ms = NEVER_MS,
+        .values_lease_ms = 1, /* Over when a store is ejected. */
         .probe_interval_ms = 20,
         .probe_timeout_ms = 5000, /* Nobody fails by being slow, as under a sanitizer. */
     };

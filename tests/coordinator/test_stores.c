@@ -213,6 +213,93 @@ static void nobody_is_listed_before_all_have_reported(void **state)
     rk_rpc_message_free(&reply->base);
 }
 
+/* Returns the mark of the reply. */
+static uint64_t beat(struct fixture *f, int i, uint64_t incarnation, uint64_t said)
+{
+    Redknot__V1__HeartbeatRequest request = REDKNOT__V1__HEARTBEAT_REQUEST__INIT;
+    ProtobufCMessage *message = NULL;
+    const Redknot__V1__HeartbeatReply *reply;
+    uint64_t mark;
+
+    request.node_id = (char *)(uintptr_t)store_name(i);
+    request.incarnation = incarnation;
+    request.values_mark = said;
+    assert_int_equal(
+        call(f, M("Heartbeat"), &request.base, &redknot__v1__heartbeat_reply__descriptor, &message),
+        RK_OK);
+    reply = (const Redknot__V1__HeartbeatReply *)message;
+    mark = reply->values_mark;
+    assert_int_equal(reply->values_lease_ms, mark != 0 ? 0 : f->options.values_lease_ms);
+    rk_rpc_message_free(message);
+    return mark;
+}
+
+/* Beats of store 0 alone go on meanwhile. */
+static void wait_for_count(struct fixture *f, size_t wanted)
+{
+    int64_t deadline_ns = rk_deadline_in_ms(WAIT_MS);
+    Redknot__V1__ListStoresReply *reply = NULL;
+    size_t count = 0;
+
+    while (count != wanted) {
+        assert_true(rk_deadline_left_ms(deadline_ns) > 0);
+        (void)beat(f, 0, 11, 0);
+        if (list_try(f, &reply) == RK_OK) {
+            count = reply->n_stores;
+            rk_rpc_message_free(&reply->base);
+        }
+        rk_clock_sleep_ms(5);
+    }
+}
+
+/* What clients went on without is not listed again by a later process of ours either, before it
+ * has given its values up. */
+static void who_was_left_out_is_known_after_a_restart(void **state)
+{
+    struct fixture *f = *state;
+    uint64_t mark;
+
+    down(f);
+    f->options.values_lease_ms = 300;
+    f->options.timeout_ms = 300;
+    up(f);
+    join(f, 0, 11);
+    join(f, 1, 12);
+    wait_for_count(f, 2);
+    wait_for_count(f, 1);
+    down(f);
+    f->options.timeout_ms = 600000;
+    f->options.values_lease_ms = 600000;
+    up(f);
+    mark = beat(f, 1, 12, 0);
+    assert_true(mark != 0);
+    wait_for_count(f, 1);
+    assert_int_equal(beat(f, 1, 12, mark + 1), mark);
+    assert_int_equal(beat(f, 1, 12, mark), 0);
+    wait_for_count(f, 2);
+    down(f);
+    up(f);
+    assert_int_equal(beat(f, 1, 12, 0), 0);
+    wait_for_count(f, 2);
+}
+
+static void a_silent_store_is_listed_until_its_lease_is_over(void **state)
+{
+    struct fixture *f = *state;
+    int64_t begin_ns;
+
+    down(f);
+    f->options.timeout_ms = 100;
+    f->options.values_lease_ms = 1000;
+    up(f);
+    join(f, 0, 11);
+    begin_ns = rk_clock_ns();
+    join(f, 1, 12);
+    wait_for_count(f, 2);
+    wait_for_count(f, 1);
+    assert_true(rk_clock_ns() - begin_ns >= 1000 * INT64_C(1000000));
+}
+
 static void a_share_grows_to_its_whole(void **state)
 {
     struct fixture *f = *state;
@@ -238,8 +325,12 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(stores_are_listed_by_capacity),      TEST(a_new_store_starts_slowly),
-        TEST(a_restart_of_ours_makes_nobody_new), TEST(nobody_is_listed_before_all_have_reported),
+        TEST(stores_are_listed_by_capacity),
+        TEST(a_new_store_starts_slowly),
+        TEST(a_restart_of_ours_makes_nobody_new),
+        TEST(nobody_is_listed_before_all_have_reported),
+        TEST(who_was_left_out_is_known_after_a_restart),
+        TEST(a_silent_store_is_listed_until_its_lease_is_over),
         TEST(a_share_grows_to_its_whole),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

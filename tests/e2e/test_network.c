@@ -337,6 +337,7 @@ struct caller {
     enum rk_status wrong_status;
     int64_t longest_ms;
     uint64_t calls;
+    char wrong_text[512];
     uint64_t good;
 };
 
@@ -371,6 +372,7 @@ static void *caller_thread(void *context)
         if (!acceptable(&call)) {
             caller->wrong = true;
             caller->wrong_status = call.status;
+            (void)snprintf(caller->wrong_text, sizeof(caller->wrong_text), "%s", call.text);
         }
         rk_clock_sleep_ms(call.status == RK_OK ? 0 : 5);
     }
@@ -399,7 +401,8 @@ static void callers_end(struct caller *callers, size_t count, const char *when)
                       (unsigned long long)caller->calls, (unsigned long long)caller->good,
                       (long long)caller->longest_ms, DEADLINE_MS);
         if (caller->wrong) {
-            fail_msg("wrong bytes or status: %s", rk_status_name(caller->wrong_status));
+            fail_msg("wrong bytes or status: %s: %s", rk_status_name(caller->wrong_status),
+                     caller->wrong_text);
         }
         assert_true(caller->good > 0);
         assert_true(caller->longest_ms <= DEADLINE_MS + OVERRUN_MAX_MS);
