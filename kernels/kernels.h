@@ -62,6 +62,8 @@ const char *kernels_isa_name(const struct kernels *kernels);
 const char *kernels_numeric_path(const struct kernels *kernels);
 /* Best mode that is fast on this CPU: BF16 with AVX-512 BF16 or AMX, else F32. */
 enum kernels_mode kernels_mode_default(void);
+/* Can matrices of that mode be multiplied here? RK_ERR_UNSUPPORTED says what is missing. */
+RK_MUST_CHECK enum rk_status kernels_mode_check(enum kernels_mode mode, struct rk_error *error);
 /* Can this CPU run that path? */
 bool kernels_isa_supported(enum kernels_isa isa);
 /* RK_ERR_UNSUPPORTED says by name what is missing, and what this CPU and the mode have. */

@@ -369,7 +369,9 @@ static void add_worker(struct arguments *arguments, const struct cluster_setting
     rk_limits_read(&limits);
     uint32_t shared = limits.cpus / settings->num_workers;
     add(arguments, "--model", settings->model);
-    add(arguments, "--mode", settings->mode);
+    if (settings->mode[0]) {
+        add(arguments, "--mode", settings->mode);
+    }
     add(arguments, "--path", settings->path);
     add_number(arguments, "--threads", settings->threads ? settings->threads : shared ? shared : 1);
     add_number(arguments, "--context", settings->context);

@@ -37,7 +37,7 @@ struct cli_common;
 struct cluster_settings {
     char model[PATH_MAX];    /* not looked at without workers */
     char head_map[PATH_MAX]; /* "": none */
-    char mode[8];            /* "bf16", "f32" */
+    char mode[8];            /* "bf16", "f32"; empty: the CPU's best */
     char path[8];            /* of the workers' reads: "auto", "shm", "ucx", "grpc" */
     char dram[32];           /* of each store, as for redknot-kvstore */
     uint32_t num_workers;    /* 0: a cache alone */

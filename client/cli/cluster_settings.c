@@ -17,7 +17,8 @@ const struct cluster_setting cluster_setting_list[] = {
     {"model", "FILE", "GGUF file; default below", TEXT(model)},
     {"dram", "SIZE", "Of each store, default 1GiB", TEXT(dram)},
     {"threads", "N", "Of each worker; default: shared out", AT(threads), .min = 1, .max = 1024},
-    {"mode", "MODE", "bf16 (default) or f32", TEXT(mode), .words = " bf16 f32 "},
+    {"mode", "MODE", "bf16 or f32; default: bf16 where the CPU is fast at it", TEXT(mode),
+     .words = " bf16 f32 "},
     {"path", "PATH", "How workers read: auto (default), shm, ucx or grpc", TEXT(path),
      .words = " auto shm ucx grpc "},
     {"context", "TOKENS", "Longest context of a worker; default: the model's", AT(context),
@@ -84,7 +85,6 @@ void cluster_settings_default(struct cluster_settings *ret_settings)
     memset(ret_settings, 0, sizeof(*ret_settings));
     cluster_default_model(ret_settings->model);
     (void)snprintf(ret_settings->dram, sizeof(ret_settings->dram), "1GiB");
-    (void)snprintf(ret_settings->mode, sizeof(ret_settings->mode), "bf16");
     (void)snprintf(ret_settings->path, sizeof(ret_settings->path), "auto");
     ret_settings->num_workers = 2;
     ret_settings->num_stores = 1;

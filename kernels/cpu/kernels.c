@@ -163,6 +163,16 @@ enum kernels_mode kernels_mode_default(void)
     return has_avx512_bf16() ? KERNELS_BF16 : KERNELS_F32;
 }
 
+enum rk_status kernels_mode_check(enum kernels_mode mode, struct rk_error *error)
+{
+    if (mode == KERNELS_BF16 && !has_avx512()) {
+        return rk_error_set(error, RK_ERR_UNSUPPORTED,
+                            "products in bf16 need a CPU with AVX-512 (F, BW, VL, DQ), which this "
+                            "one lacks: use f32");
+    }
+    return RK_OK;
+}
+
 /*
  * Intel's cores run vdpbf16ps at half the rate of f32 FMA (measured: 87 against
  * 172 GFLOP/s a core), so without AMX they do better by widening bf16 to f32.

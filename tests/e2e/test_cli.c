@@ -21,7 +21,7 @@
 #include <cmocka.h>
 
 #define OUTPUT_BYTES (1 << 20)
-#define LONG_WORDS   900 /* some 20 MiB of KV */
+#define LONG_WORDS   450 /* some 20 MiB of KV in f32 */
 
 static struct cluster cluster;
 static char output[OUTPUT_BYTES]; /* standard output of the last run */
@@ -321,7 +321,7 @@ static void a_store_too_small_is_told(void **state)
 {
     (void)state;
     static char text[LONG_WORDS * 6 + 1];
-    struct cluster_options options = {.num_workers = 1, .dram = "16MiB"};
+    struct cluster_options options = {.num_workers = 1, .dram = "16MiB", .mode = "f32"};
     for (size_t i = 0; i < LONG_WORDS; i++) {
         memcpy(text + i * 6, "seven ", 6);
     }

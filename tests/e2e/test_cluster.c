@@ -291,9 +291,33 @@ static void a_process_that_cannot_start_says_why(void **state)
     expect(redknot("down --dir $D/a"), 0, "stopped 0"); /* Nothing was left behind. */
 }
 
-/* A worker beside those of `up`, of the same file in another precision: another model. */
+/* A copy of the model whose norms add another epsilon, by its last bit: another model. */
+static const char *other_model(void)
+{
+    static const char key[] = "llama.attention.layer_norm_rms_epsilon";
+    enum { METADATA_BYTES = 8 << 20 };
+    static char path[160];
+    char command[1400];
+    (void)snprintf(path, sizeof(path), "%s/other.gguf", base);
+    (void)snprintf(command, sizeof(command), "cp '%s' %s", golden_model_path(), path);
+    assert_int_equal(system(command), 0);
+    FILE *file = fopen(path, "r+");
+    char *head = malloc(METADATA_BYTES);
+    assert_true(file && head && fread(head, METADATA_BYTES, 1, file) == 1);
+    char *value = memmem(head, METADATA_BYTES, key, sizeof(key) - 1);
+    assert_non_null(value);
+    value += sizeof(key) - 1 + 4; /* Behind its type. */
+    assert_int_equal(fseek(file, value - head, SEEK_SET), 0);
+    assert_int_equal(fputc((unsigned char)*value ^ 1, file), (unsigned char)*value ^ 1);
+    assert_int_equal(fclose(file), 0);
+    free(head);
+    return path;
+}
+
+/* A worker beside those of `up`, of another model. */
 static pid_t start_worker_by_hand(void)
 {
+    const char *model = other_model();
     char own[32];
     char coordinator[32];
     char log[128];
@@ -307,10 +331,9 @@ static pid_t start_worker_by_hand(void)
         if (!freopen(log, "w", stderr)) {
             _exit(126);
         }
-        (void)execl(REDKNOT_BINARY_DIR "/bin/redknot-worker", "redknot-worker", "--model",
-                    golden_model_path(), "--mode", "f32", "--context", "256", "--listen", own,
-                    "--metrics", "", "--coordinator", coordinator, "--node-id", "by-hand",
-                    (char *)NULL);
+        (void)execl(REDKNOT_BINARY_DIR "/bin/redknot-worker", "redknot-worker", "--model", model,
+                    "--context", "256", "--listen", own, "--metrics", "", "--coordinator",
+                    coordinator, "--node-id", "by-hand", (char *)NULL);
         _exit(127);
     }
     for (int i = 0; i < 600; i++) { /* Until the coordinator lists it. */
