@@ -205,12 +205,12 @@ static void check_together(struct argp_state *state, struct arguments *arguments
     if (arguments->mode < 0) {
         arguments->mode = (int)kernels_mode_default();
     }
-    if (kernels_mode_check((enum kernels_mode)arguments->mode, &error) != RK_OK) {
-        argp_error(state, "--mode: %s", error.text);
-    }
     if (kernels_isa_check((enum kernels_isa)arguments->isa, (enum kernels_mode)arguments->mode,
                           &error) != RK_OK) {
         argp_error(state, "--isa: %s", error.text);
+    }
+    if (kernels_mode_check((enum kernels_mode)arguments->mode, &error) != RK_OK) {
+        argp_error(state, "--mode: %s", error.text);
     }
 }
 

@@ -44,8 +44,11 @@ static void options_are_checked(void **state)
     struct model *model = tiny_model(true);
     const struct engine_options wide = {.mode = KERNELS_F32, .context_tokens = TINY_CONTEXT + 1};
     const struct engine_options endless = {.mode = KERNELS_F32, .pool_tokens = UINT64_MAX};
+    enum kernels_mode best =
+        kernels_mode_check(KERNELS_BF16, NULL) == RK_OK ? KERNELS_BF16 : KERNELS_F32;
+    enum rk_dtype dtype = best == KERNELS_BF16 ? RK_DTYPE_BF16 : RK_DTYPE_F32;
     const struct engine_options small = {
-        .mode = KERNELS_BF16, .threads = 1, .context_tokens = 100, .pool_tokens = 65};
+        .mode = best, .threads = 1, .context_tokens = 100, .pool_tokens = 65};
     struct engine *engine = NULL;
     struct rk_error error = {0};
     struct rk_kv_layout layout;
@@ -56,7 +59,7 @@ static void options_are_checked(void **state)
     assert_int_equal(engine_create(model, &endless, &engine, &error), RK_ERR_INVALID);
     assert_int_equal(engine_create(model, &small, &engine, &error), RK_OK);
     engine_layout(engine, &layout);
-    const struct rk_kv_layout expected = {TINY_LAYERS, TINY_KV, TINY_DIM, RK_DTYPE_BF16};
+    const struct rk_kv_layout expected = {TINY_LAYERS, TINY_KV, TINY_DIM, dtype};
     assert_true(rk_kv_layout_equal(&layout, &expected));
     assert_int_equal(engine_context_tokens(engine), 100);
     assert_int_equal(engine_vocab_size(engine), TINY_VOCAB);
@@ -102,6 +105,7 @@ static void arithmetics_are_told_apart(void **state)
         for (int isa = KERNELS_ISA_REFERENCE; isa <= KERNELS_ISA_AMX; isa++) {
             bool bf16_only = isa >= KERNELS_ISA_AVX512_BF16;
             if (!kernels_isa_supported((enum kernels_isa)isa) ||
+                kernels_mode_check((enum kernels_mode)mode, NULL) != RK_OK ||
                 (bf16_only && mode != KERNELS_BF16)) {
                 continue;
             }
